@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chain of layers that hands the training flag to those which take it."""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jaxtyping import Array, Bool
+
+__all__ = ["Sequential"]
+
+
+class Sequential(nn.Module):
+    """Calls layers one after the other.
+
+    y = layers[-1](... layers[1](layers[0](x)))
+
+    Paths, keys and bits are those of `flax.linen.Sequential`: a layer without a
+    `name` is called `layers_<i>`, one that has a name keeps it; a tuple that a
+    layer returns becomes the next layer's positional arguments, a dict its
+    keyword arguments. In addition, each layer gets those of the flags that its
+    signature names:
+
+    - `deterministic`, and `use_running_average` (BatchNorm): the flag as given;
+    - `train` and `training`: its negation.
+
+    A flag that was already fixed when the layer was made (an attribute of that
+    name which is not None, a keyword bound by `functools.partial`) is left alone.
+
+    Attributes:
+        layers: Modules, or plain callables such as `flax.linen.relu`.
+    """
+
+    layers: Sequence[Callable[..., Any]]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.layers, Sequence):
+            raise ValueError(
+                "layers: not a list of layers "
+                f"(got {type(self.layers).__name__}). Give a list."
+            )
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self, *args: Any, deterministic: bool | Bool[Array, ""] | None = None
+    ) -> Any:
+        """Calls the layers in order.
+
+        Args:
+            *args: What the first layer takes.
+            deterministic: Flag for the layers that take one. None hands out no
+                flag, which leaves each layer to its own default.
+
+        Returns:
+            What the last layer returns.
+
+        Raises:
+            ValueError: There are no layers.
+        """
+        if not self.layers:
+            raise ValueError(
+                f"layers: nothing to call in '{self.name}' (got []). "
+                "Give at least one layer."
+            )
+        flags = _flags(deterministic)
+        outputs: Any = args
+        for layer in self.layers:
+            taken = {name: flags[name] for name in flags if _takes(layer, name)}
+            if isinstance(outputs, tuple):
+                outputs = layer(*outputs, **taken)
+            elif isinstance(outputs, dict):
+                outputs = layer(**{**taken, **outputs})
+            else:
+                outputs = layer(outputs, **taken)
+        return outputs
+
+
+def _flags(deterministic: bool | Bool[Array, ""] | None) -> dict[str, Any]:
+    if deterministic is None:
+        return {}
+    traced = isinstance(deterministic, jax.Array)
+    train = ~deterministic if traced else not deterministic
+    return {
+        "deterministic": deterministic,
+        "use_running_average": deterministic,
+        "train": train,
+        "training": train,
+    }
+
+
+def _takes(layer: Callable[..., Any], flag: str) -> bool:
+    if getattr(layer, flag, None) is not None:
+        return False
+    if isinstance(layer, functools.partial) and flag in layer.keywords:
+        return False
+    called = type(layer).__call__ if isinstance(layer, nn.Module) else layer
+    try:
+        parameter = inspect.signature(called).parameters.get(flag)
+    except (TypeError, ValueError):  # some builtins have no signature
+        return False
+    return parameter is not None and parameter.kind in (
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    )

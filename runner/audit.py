@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a traced Flax program draws, read from its jaxpr.
+
+Each key that enters the program is one stream's. Every `random_bits` (and any
+other primitive that consumes a key) is followed back to it, through folds,
+splits, slices, calls, scans and vmaps. A fold whose number is the hash of a
+module path and call count, as Flax's `make_rng` computes it, gets that path;
+`make_rng` is watched while the program is traced, so that both accounts come
+from one trace. What can't be followed is reported as such, never guessed.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import flax
+import jax
+from flax.core.scope import Scope
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jaxtyping import Array, Key
+
+from runner.keys import Op
+
+__all__ = ["Draw", "Missing", "Trace", "Use", "trace_draws"]
+
+
+@dataclass(frozen=True)
+class Use:
+    """One consumption of a key: `shape` per key, `bits` per element."""
+
+    primitive: str
+    shape: tuple[int, ...]
+    bits: int
+
+
+@dataclass(frozen=True)
+class Draw:
+    """A place in the program that draws.
+
+    Args:
+        stream: The stream that the key comes from; None when from no stream.
+        ops: From the stream's key to the key that is consumed.
+        path: Flax module path.
+        call: Count of `make_rng` calls in that module; None outside `make_rng`.
+        axes: Name and size of each axis that `ops` are indexed by.
+        use: What the key is consumed by.
+        untraced: Why `ops` is not the whole derivation; empty when it is.
+    """
+
+    stream: str | None
+    ops: tuple[Op, ...]
+    path: tuple[str, ...]
+    call: int | None
+    axes: tuple[tuple[str, int], ...]
+    use: Use
+    untraced: str = ""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """A `make_rng` of a stream that the program was not given."""
+
+    stream: str
+    path: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one function draws, and what it returns (shapes and dtypes)."""
+
+    draws: tuple[Draw, ...]
+    missing: tuple[Missing, ...]
+    outputs: Any
+    primitives: frozenset[str]
+
+
+def trace_draws(
+    function: Callable[..., Any], rngs: Mapping[str, Key[Array, ""]], *args: Any
+) -> Trace:
+    """Traces `function(rngs, *args)` abstractly and lists what it draws.
+
+    Args:
+        function: Any JAX function; Flax modules may be applied within.
+        rngs: Key of each stream, abstract or real.
+        args: Its other arguments, abstract or real.
+
+    Raises:
+        flax.errors.InvalidRngError: a stream is missing with nothing to fall back
+            to; the exception's `missing` lists all that were missing so far.
+    """
+    with _watch_make_rng() as calls:
+        try:
+            closed, outputs = jax.make_jaxpr(function, return_shape=True)(
+                dict(rngs), *args
+            )
+        except flax.errors.InvalidRngError as error:
+            error.missing = tuple(calls.missing)  # type: ignore[attr-defined]
+            raise
+    names = sorted(rngs)  # pytree order of a dict
+    keys = dict(zip(closed.jaxpr.invars, (_Ref(n) for n in names), strict=False))
+    walk = _Walk(calls)
+    walk.run(closed.jaxpr, keys)
+    return Trace(
+        tuple(walk.draws), tuple(calls.missing), outputs, frozenset(walk.primitives)
+    )
+
+
+@dataclass
+class _Calls:
+    """`make_rng` calls by the number that Flax folds into the stream's key."""
+
+    by_hash: dict[int, list[tuple[tuple[str, ...], int]]] = field(default_factory=dict)
+    missing: list[Missing] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def _watch_make_rng() -> Iterator[_Calls]:
+    calls, original = _Calls(), Scope.make_rng
+
+    def make_rng(self: Scope, name: str = "params") -> Any:
+        used = name if self.has_rng(name) else "params"
+        if used != name:
+            calls.missing.append(Missing(name, tuple(self.path)))
+        key = original(self, name)
+        count = self.rng_counters[used]
+        suffix = (*self.rngs[used].suffix, count)
+        found = calls.by_hash.setdefault(_flax_hash(suffix), [])
+        if (tuple(self.path), count) not in found:
+            found.append((tuple(self.path), count))
+        return key
+
+    Scope.make_rng = make_rng  # type: ignore[method-assign]
+    try:
+        yield calls
+    finally:
+        Scope.make_rng = original  # type: ignore[method-assign]
+
+
+def _flax_hash(suffix: tuple[str | int, ...]) -> int:
+    """First four bytes of SHA-1 over path and count (flax.core.scope)."""
+    digest = hashlib.sha1()
+    for part in suffix:
+        if flax.config.flax_fix_rng_separator:
+            digest.update(b"\00")
+        if isinstance(part, str):
+            digest.update(part.encode())
+        else:
+            digest.update(part.to_bytes((part.bit_length() + 7) // 8, "big"))
+    return int.from_bytes(digest.digest()[:4], "big")
+
+
+@dataclass(frozen=True)
+class _Ref:
+    """Where a key variable comes from; `dims` are its array dimensions.
+
+    The last `len(dims)` splits in `ops` have no index yet: dimension `i` is the
+    range that starts at `start` of the children of split `split`.
+    """
+
+    stream: str | None
+    ops: tuple[Op, ...] = ()
+    dims: tuple["_Dim", ...] = ()
+    path: tuple[str, ...] = ()
+    call: int | None = None
+    untraced: str = ""
+
+    def add(self, op: Op, **changes: Any) -> "_Ref":
+        return replace(self, ops=(*self.ops, op), **changes)
+
+    def pick(self, dim: int, index: int | str) -> "_Ref":
+        """The keys at one index (a number or an axis) of a dimension."""
+        at = self.dims[dim]
+        child = index if isinstance(index, str) else at.start + index
+        if isinstance(index, str) and at.start:
+            return self.lost("an axis over a part of a split")
+        ops = list(self.ops)
+        ops[at.op] = replace(ops[at.op], index=child)
+        dims = self.dims[:dim] + self.dims[dim + 1 :]
+        return replace(self, ops=tuple(ops), dims=dims)
+
+    def lost(self, why: str) -> "_Ref":
+        return replace(self, untraced=self.untraced or why, dims=())
+
+
+@dataclass(frozen=True)
+class _Dim:
+    """A dimension of a key array: children `start` .. of the split `ops[op]`."""
+
+    op: int
+    size: int
+    start: int = 0
+
+
+_SAME = {"random_wrap", "random_unwrap", "random_clone", "copy", "copy_p"}
+_CONSUMERS = {"random_bits", "random_gamma"}
+
+
+class _Walk:
+    """One pass over a jaxpr, carrying what is known of each key variable."""
+
+    def __init__(self, calls: _Calls) -> None:
+        self.calls = calls
+        self.draws: list[Draw] = []
+        self.primitives: set[str] = set()
+        self.axes: dict[str, int] = {}
+
+    def run(self, jaxpr: Jaxpr, refs: dict[Var, _Ref]) -> list[_Ref | None]:
+        for eqn in jaxpr.eqns:
+            self.primitives.add(eqn.primitive.name)
+            ins = [None if isinstance(v, Literal) else refs.get(v) for v in eqn.invars]
+            for var, ref in zip(eqn.outvars, self.step(eqn, ins), strict=True):
+                if ref is not None:
+                    refs[var] = ref
+        return [None if isinstance(v, Literal) else refs.get(v) for v in jaxpr.outvars]
+
+    def step(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        name, ref = eqn.primitive.name, ins[0] if ins else None
+        if name in _CONSUMERS:
+            self.consume(eqn, ref or _Ref(None, untraced="its key has no known source"))
+            return [None] * len(eqn.outvars)
+        if name == "random_seed":
+            return [_Ref(None, untraced="a seed inside the program")]
+        if _sub_jaxprs(eqn):
+            return self.enter(eqn, ins)
+        if ref is None:
+            known = next((r for r in ins if r is not None), None)
+            lost = known.lost(f"passed through {name}") if known else None
+            return [lost for _ in eqn.outvars]
+        return [self.follow(eqn, ref)] * len(eqn.outvars)
+
+    def follow(self, eqn: Any, ref: _Ref) -> _Ref:
+        name, params = eqn.primitive.name, eqn.params
+        if name in _SAME or ref.untraced:
+            return ref
+        if name == "random_fold_in":
+            return self.fold(eqn, ref)
+        if name == "random_split":
+            (of,) = params["shape"] if len(params["shape"]) == 1 else (0,)
+            if not of:
+                return ref.lost("split into an array of several dimensions")
+            dims = (*ref.dims, _Dim(len(ref.ops), of))
+            return ref.add(Op("split", of=of, why="split"), dims=dims)
+        if name == "slice" and not any(s != 1 for s in params["strides"] or ()):
+            dims = tuple(
+                replace(dim, start=dim.start + low, size=high - low)
+                for dim, low, high in zip(
+                    ref.dims,
+                    params["start_indices"],
+                    params["limit_indices"],
+                    strict=True,
+                )
+            )
+            return replace(ref, dims=dims)
+        if name == "squeeze":
+            for dim in sorted(params["dimensions"], reverse=True):
+                ref = ref.pick(dim, 0)
+            return ref
+        return ref.lost(f"passed through {name}")
+
+    def fold(self, eqn: Any, ref: _Ref) -> _Ref:
+        data = eqn.invars[1]
+        if not isinstance(data, Literal) or getattr(data.val, "shape", ()) != ():
+            return ref.lost("folded with a number that the program computes")
+        value = int(data.val) % 2**32
+        found = self.calls.by_hash.get(value)
+        if not found or ref.call is not None:
+            return ref.add(Op("fold_in", value, why="fold_in"))
+        named = _module_path(eqn)
+        path, call = next((f for f in found if f[0] == named), found[0])
+        why = f"path {'/'.join(path) or '(root)'} call {call}"
+        return ref.add(Op("fold_in", value, why=why), path=path, call=call)
+
+    def enter(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        name, params = eqn.primitive.name, eqn.params
+        if name == "scan":
+            return self.enter_scan(eqn, ins)
+        if name == "cond":
+            outs = [self.call(branch, ins[1:]) for branch in params["branches"]]
+            return [_join(*refs) for refs in zip(*outs, strict=True)]
+        if name == "while":
+            return self.enter_while(eqn, ins)
+        (inner,) = _sub_jaxprs(eqn)[:1]
+        return self.call(inner, ins)
+
+    def call(self, jaxpr: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
+        given = zip(inner.invars, ins[len(ins) - len(inner.invars) :], strict=True)
+        return self.run(inner, {v: r for v, r in given if r is not None})
+
+    def enter_scan(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        axis = self.new_axis("scan", eqn, eqn.params["length"])
+        body: list[_Ref | None] = list(ins[:consts])
+        body += [r and r.lost("carried through a scan") for r in ins[consts:][:carry]]
+        for ref in ins[consts + carry :]:
+            body.append(ref.pick(0, axis) if ref and ref.dims else ref)
+        outs = self.call(eqn.params["jaxpr"], body)
+        return [r and r.lost("comes out of a scan") for r in outs]
+
+    def enter_while(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        first, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+        consts = ins[first : first + body]
+        carry = [
+            r and r.lost("carried through a while loop") for r in ins[first + body :]
+        ]
+        self.call(eqn.params["cond_jaxpr"], [*ins[:first], *carry])
+        outs = self.call(eqn.params["body_jaxpr"], [*consts, *carry])
+        return [r and r.lost("comes out of a while loop") for r in outs]
+
+    def new_axis(self, kind: str, eqn: Any, size: int) -> str:
+        path = "/".join(_module_path(eqn))
+        base = f"{kind}:{path}" if path else kind
+        name, n = base, 1
+        while name in self.axes:
+            n += 1
+            name = f"{base}#{n}"
+        self.axes[name] = size
+        return name
+
+    def consume(self, eqn: Any, ref: _Ref) -> None:
+        for dim in list(ref.dims):
+            ref = ref.pick(0, self.new_axis("vmap", eqn, dim.size))
+        named = {op.index for op in ref.ops if isinstance(op.index, str)}
+        axes = tuple((n, size) for n, size in self.axes.items() if n in named)
+        shape = tuple(eqn.params.get("shape", eqn.outvars[0].aval.shape))
+        bits = eqn.params.get("bit_width", eqn.outvars[0].aval.dtype.itemsize * 8)
+        use = Use(eqn.primitive.name, shape, bits)
+        path = ref.path if ref.call is not None else _module_path(eqn)
+        ops = () if ref.untraced else ref.ops
+        self.draws.append(
+            Draw(ref.stream, ops, path, ref.call, axes, use, ref.untraced)
+        )
+
+
+def _join(*refs: _Ref | None) -> _Ref | None:
+    """What is known of a value that comes from one of several branches."""
+    some = [r for r in refs if r is not None]
+    if not some or all(r == some[0] for r in refs):
+        return some[0] if some else None
+    return some[0].lost("comes out of branches that differ")
+
+
+def _sub_jaxprs(eqn: Any) -> list[Any]:
+    values = list(eqn.params.values())
+    values += [v for p in values if isinstance(p, tuple) for v in p]
+    return [v for v in values if isinstance(v, Jaxpr | ClosedJaxpr)]
+
+
+def _module_path(eqn: Any) -> tuple[str, ...]:
+    """Flax module path from the name stack, without the root's own name."""
+    stack = str(eqn.source_info.name_stack)
+    return tuple(part for part in stack.split("/")[1:] if "(" not in part)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can go wrong, as one tree.
+
+RunnerError                 a user's mistake, told in one line; exit code 2
+  ConfigError               a config leaf that breaks a rule
+    UnknownStreamError      a stream that nobody declared
+    TargetError             a `_target_` that may not, or can not, be built
+    DataError               a data set that is absent, damaged or misshapen
+  RecordError               a run directory that can't be claimed or read
+Interrupted                 the user asked to stop; exit code 130
+"""
+
+import difflib
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = [
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "RecordError",
+    "RunnerError",
+    "TargetError",
+    "UnknownStreamError",
+    "did_you_mean",
+]
+
+
+class RunnerError(Exception):
+    """A mistake that its user can mend: one line, no traceback, exit code 2."""
+
+
+class ConfigError(RunnerError):
+    """`<path>: <rule> (got <value>). <allowed>. <fix>.`
+
+    Args:
+        path: Where it stands in the config, as Hydra overrides spell it.
+        rule: The rule that it breaks, in words that follow the path.
+        got: The value given; left out of the message when it is `NO_VALUE`.
+        allowed: What would be accepted, as a sentence without its full stop.
+        fix: One change that mends it, as a sentence without its full stop.
+    """
+
+    NO_VALUE: Any = object()
+
+    def __init__(
+        self,
+        path: str,
+        rule: str,
+        *,
+        got: Any = NO_VALUE,
+        allowed: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        self.path, self.rule, self.got = path, rule, got
+        self.allowed, self.fix = allowed, fix
+        shown = "" if got is self.NO_VALUE else f" (got {_show(got)})"
+        sentences = [f"{path}: {rule}{shown}", allowed, fix]
+        text = " ".join(_end(s) for s in sentences if s)
+        super().__init__(" ".join(text.split()))
+
+
+class UnknownStreamError(ConfigError):
+    """A stream that is asked for and not declared under `rng.streams`."""
+
+
+class TargetError(ConfigError):
+    """A `_target_` that is untrusted, missing, of the wrong kind or misused."""
+
+
+class DataError(ConfigError):
+    """A data set that is absent, truncated or of the wrong shape."""
+
+
+class RecordError(RunnerError):
+    """A run directory that can't be claimed, written or read."""
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error: the user's own wish
+    """The run was asked to stop and has saved its state; exit code 130."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str | None:
+    """The sentence that names the nearest known word, or None if none is near."""
+    near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
+    return f"Did you mean {near[0]!r}?" if near else None
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:117]}..."
+
+
+def _end(sentence: str) -> str:
+    return sentence if sentence[-1] in ".?!" else f"{sentence}."

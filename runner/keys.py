@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every key of a run, as a pure function of its coordinates.
+
+    base = fold_in(key(seed), id(stream))        derive: name (see `plan_keys`)
+    base = fold_in(base, id(phase))              in the phases eval and sample
+    key  = fold_in(fold_in(base, step), ...)     the coordinates of `per`, in order
+
+A key is planned as a tuple of `Op`s, a value that can be printed, compared and
+replayed; `derive_key` is their only interpreter. This is the only file of the
+runner that calls `jax.random.key`, `split` or `fold_in`.
+"""
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import flax
+import jax
+import numpy as np
+from jaxtyping import Array, Int, Key
+
+from runner.errors import UnknownStreamError, did_you_mean
+from runner.spec import Coordinate, Derive, Phase, RngSpec, Rule, StreamKind, StreamSpec
+
+__all__ = [
+    "KeyPlan",
+    "Op",
+    "Stream",
+    "advance_carry",
+    "bind_ops",
+    "derive_base_keys",
+    "derive_key",
+    "draw_canary",
+    "host_generator",
+    "host_words",
+    "key_words",
+    "make_rngs",
+    "name_id",
+    "plan_keys",
+    "rng_flags",
+    "split_carry",
+]
+
+_FOLDED_PHASES = (Phase.EVAL, Phase.SAMPLE)
+
+
+@dataclass(frozen=True)
+class Op:
+    """One step of a derivation.
+
+    Args:
+        op: `seed`: key(value). `fold_in`: fold_in(key, value). `split`:
+            split(key, of)[index]. `carry`: `value` times split(key)[1], then
+            split(key)[0].
+        value: A number, or the coordinate that gives it.
+        index: Child that a `split` takes: a number, or the axis that gives it.
+        of: Number of children of a `split`.
+        why: What the op stands for, in words.
+    """
+
+    op: Literal["seed", "fold_in", "split", "carry"]
+    value: int | Coordinate = 0
+    index: int | str = 0
+    of: int = 0
+    why: str = ""
+
+    @property
+    def coordinate(self) -> Coordinate | None:
+        """The coordinate that this op depends on."""
+        return self.value if isinstance(self.value, Coordinate) else None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A declared stream with the ops of its base key.
+
+    Args:
+        name: Name under `rng.streams`.
+        spec: Its policy.
+        seed: The seed it starts from.
+        base: Ops of its base key; empty for a host stream.
+    """
+
+    name: str
+    spec: StreamSpec
+    seed: int
+    base: tuple[Op, ...]
+
+    def ops(self, phase: Phase, coordinates: frozenset[Coordinate]) -> tuple[Op, ...]:
+        """The ops of its key in a phase that has the given coordinates."""
+        ops = list(self.base)
+        if phase in _FOLDED_PHASES:
+            ops.append(Op("fold_in", name_id(phase), why=f"phase {phase}"))
+        for coordinate, rule in self.spec.per.items():
+            if coordinate in coordinates:
+                op: Literal["carry", "fold_in"]
+                op = "carry" if rule is Rule.CARRY else "fold_in"
+                ops.append(Op(op, coordinate, why=str(coordinate)))
+        return tuple(ops)
+
+
+@dataclass(frozen=True)
+class KeyPlan:
+    """The resolved streams of a run."""
+
+    impl: str
+    streams: Mapping[str, Stream]
+
+    def stream(self, name: str) -> Stream:
+        """A declared stream by its name.
+
+        Raises:
+            UnknownStreamError: `name` is not declared.
+        """
+        if name not in self.streams:
+            raise UnknownStreamError(
+                f"rng.streams.{name}",
+                "not a declared stream",
+                got=name,
+                allowed=f"Declared: {', '.join(self.streams)}",
+                fix=did_you_mean(name, self.streams),
+            )
+        return self.streams[name]
+
+    def carried(self) -> tuple[str, ...]:
+        """Names of the streams that training carries from step to step."""
+        return tuple(
+            name
+            for name, stream in self.in_phase(Phase.TRAIN).items()
+            if stream.spec.per.get(Coordinate.STEP) is Rule.CARRY
+        )
+
+    def in_phase(self, phase: Phase) -> dict[str, Stream]:
+        """The streams that the compiled program of a phase is given."""
+        return {
+            name: stream
+            for name, stream in self.streams.items()
+            if stream.spec.kind is StreamKind.JAX and phase in stream.spec.phases
+        }
+
+
+def name_id(name: str) -> int:
+    """First four bytes, big-endian, of SHA-256 of the name; unsigned."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+
+
+def plan_keys(rng: RngSpec) -> KeyPlan:
+    """Resolves each stream's base key.
+
+    derive: name    fold_in(key(seed), id(name))
+    derive: split   split(key(seed), n)[i], over the n streams that say so
+    derive: root    key(seed)
+    """
+    splits = [n for n, s in rng.streams.items() if s.derivation is Derive.SPLIT]
+    streams = {}
+    for name, spec in rng.streams.items():
+        seed = rng.seed if spec.seed is None else spec.seed
+        base: tuple[Op, ...] = (Op("seed", seed, why="seed"),)
+        if spec.kind is StreamKind.HOST:
+            base = ()
+        elif spec.derivation is Derive.NAME:
+            base += (Op("fold_in", name_id(name), why=f"stream {name}"),)
+        elif spec.derivation is Derive.SPLIT:
+            at, n = splits.index(name), len(splits)
+            base += (Op("split", index=at, of=n, why=f"stream {name}"),)
+        streams[name] = Stream(name, spec, seed, base)
+    return KeyPlan(str(rng.impl), streams)
+
+
+def derive_key(
+    ops: tuple[Op, ...],
+    *,
+    impl: str,
+    start: Key[Array, ""] | None = None,
+    coordinates: Mapping[str, int | Int[Array, ""]] | None = None,
+) -> Key[Array, ""]:
+    """Replays a derivation.
+
+    Args:
+        ops: What to replay.
+        impl: PRNG implementation of a `seed` op.
+        start: Key to begin with; None when the first op is a `seed`.
+        coordinates: Value, 0-based, of each coordinate and axis that `ops` name;
+            may be traced.
+
+    Returns:
+        Typed scalar key; equal inputs give equal bits.
+    """
+    key: Any = start
+    for op in bind_ops(ops, coordinates or {}):
+        value: Any = op.value
+        if op.op == "seed":
+            key = jax.random.key(_as_uint32(value), impl=impl)
+        elif op.op == "fold_in":
+            key = jax.random.fold_in(key, _as_uint32(value))
+        elif op.op == "split":
+            key = jax.random.split(key, op.of)[op.index]
+        else:
+            key = split_carry(advance_carry(key, value))[0]
+    return key
+
+
+def bind_ops(ops: tuple[Op, ...], coordinates: Mapping[str, Any]) -> tuple[Op, ...]:
+    """The ops with each coordinate and axis replaced by its value.
+
+    Raises:
+        KeyError: a coordinate or axis that `ops` name has no value.
+    """
+    return tuple(
+        replace(
+            op,
+            value=op.value if op.coordinate is None else coordinates[op.coordinate],
+            index=coordinates[op.index] if isinstance(op.index, str) else op.index,
+        )
+        for op in ops
+    )
+
+
+def derive_base_keys(
+    plan: KeyPlan, *, seeds: Mapping[str, int | Int[Array, ""]]
+) -> dict[str, Key[Array, ""]]:
+    """The key that each stream of the compiled program starts from.
+
+    Args:
+        plan: Resolved streams of this run.
+        seeds: Seed of each stream; may be traced, so that one program serves all.
+    """
+    streams = plan.streams.values()
+    return {
+        s.name: derive_key(
+            (replace(s.base[0], value=seeds[s.name]), *s.base[1:]), impl=plan.impl
+        )
+        for s in streams
+        if s.spec.kind is StreamKind.JAX
+    }
+
+
+def make_rngs(
+    plan: KeyPlan,
+    *,
+    phase: Phase,
+    coordinates: frozenset[Coordinate],
+    steps_per_epoch: int,
+) -> Callable[..., tuple[dict[str, Key[Array, ""]], dict[str, Key[Array, ""]]]]:
+    """Makes the function that derives the `rngs` of one call of the model.
+
+    Args:
+        plan: Resolved streams of this run.
+        phase: Phase of the call; it decides which streams there are.
+        coordinates: Those that the phase has; others are not folded in.
+        steps_per_epoch: Number of steps in an epoch.
+
+    Returns:
+        (base keys, carried keys, step, microbatch) to the `rngs`, and the carried
+        keys of the step after. Without carried keys they are computed from `step`.
+    """
+    streams = plan.in_phase(phase)
+
+    def rngs(
+        keys: Mapping[str, Any], carried: Mapping[str, Any], step: Any, microbatch: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        at = {
+            Coordinate.STEP: step,
+            Coordinate.EPOCH: step // steps_per_epoch,
+            Coordinate.MICROBATCH: microbatch,
+        }
+        out, carried_on = {}, dict(carried)
+        for name, stream in streams.items():
+            ops = stream.ops(phase, coordinates)[len(stream.base) :]
+            key = keys[name]
+            if name in carried:
+                key, carried_on[name] = split_carry(carried[name])
+                ops = ops[1:]
+            out[name] = derive_key(ops, impl=plan.impl, start=key, coordinates=at)
+        return out, carried_on
+
+    return rngs
+
+
+def split_carry(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
+    """This step's key and the one to carry on: `key, next = split(key)`."""
+    pair = jax.random.split(key)
+    return pair[0], pair[1]
+
+
+def advance_carry(key: Key[Array, ""], steps: int | Int[Array, ""]) -> Key[Array, ""]:
+    """The key that is carried into step `steps`."""
+    carried: Any = jax.lax.fori_loop(0, steps, lambda _, k: split_carry(k)[1], key)
+    return carried
+
+
+def key_words(key: Key[Array, ""]) -> list[int]:
+    """`jax.random.key_data` as a list of unsigned 32-bit words."""
+    return [int(word) for word in np.asarray(jax.random.key_data(key)).ravel()]
+
+
+def host_words(stream: Stream) -> list[int | str]:
+    """Spawn key of a host stream; `epoch` stands for the number of the epoch."""
+    per_epoch = Coordinate.EPOCH in stream.spec.per
+    return [name_id(stream.name), *(["epoch"] if per_epoch else [])]
+
+
+def host_generator(stream: Stream, *, epoch: int = 0) -> np.random.Generator:
+    """Generator of a host stream for one epoch.
+
+    Generator(Philox(SeedSequence(seed, spawn_key=(id(name), epoch))))
+
+    A stream that is not `per: [epoch]` has (id(name),) as its spawn key.
+    """
+    spawn_key = [epoch if word == "epoch" else word for word in host_words(stream)]
+    sequence = np.random.SeedSequence(stream.seed, spawn_key=spawn_key)
+    return np.random.Generator(np.random.Philox(sequence))
+
+
+@contextlib.contextmanager
+def rng_flags(rng: RngSpec) -> Iterator[None]:
+    """Sets JAX's and Flax's generator flags, as `rng` says, for a while."""
+    separator = flax.config.temp_flip_flag("fix_rng_separator", rng.fix_separator)
+    partitionable = jax.threefry_partitionable(rng.partitionable)
+    impl = jax.default_prng_impl(str(rng.impl))
+    with separator, partitionable, impl:
+        yield
+
+
+def draw_canary(impl: str) -> dict[str, str]:
+    """Fixed draws of a fixed key as hex: tells a changed generator from a program."""
+    key = jax.random.key(np.uint32(20), impl=impl)
+    draws = {
+        "bits": jax.random.bits(key, (4,)),
+        "uniform": jax.random.uniform(key, (4,)),
+        "normal": jax.random.normal(key, (4,)),
+        "permutation": jax.random.permutation(key, 8),
+    }
+    return {name: np.asarray(draw).tobytes().hex() for name, draw in draws.items()}
+
+
+def _as_uint32(value: Any) -> Any:
+    return np.uint32(value) if isinstance(value, int) else value.astype(np.uint32)

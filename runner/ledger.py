@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ledger: every key of a run, as rules that replay.
+
+A run's ledger holds its streams and, for each place that draws, the derivation of
+its key with the coordinates left open. `expand` closes them for one step. It can be
+read long after, without the program: `runner.keys.derive_key` is all it needs.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.audit import Draw
+from runner.keys import Op, bind_ops, derive_key, host_words, key_words
+from runner.program import Program
+from runner.spec import Coordinate, Phase, RngSpec, StreamKind
+
+__all__ = ["expand", "make_ledger", "rng_of"]
+
+SCHEMA = 1
+
+
+def make_ledger(program: Program) -> dict[str, Any]:
+    """The ledger of a program, as plain data."""
+    spec, plan = program.spec, program.plan
+    sizes = {
+        "steps": spec.train.steps,
+        "steps_per_epoch": program.order.steps_per_epoch,
+        "microbatches": spec.train.accumulation_steps,
+        "eval_batches": program.eval_batches,
+        "eval_every": spec.eval.every,
+    }
+    return {
+        "schema": SCHEMA,
+        "experiment": spec.experiment,
+        "rng": {
+            "seed": spec.rng.seed,
+            "impl": str(spec.rng.impl),
+            "partitionable": spec.rng.partitionable,
+            "fix_separator": spec.rng.fix_separator,
+        },
+        "sizes": sizes,
+        "streams": [_stream_row(program, name) for name in plan.streams],
+        "draws": [
+            _draw_row(program, phase, draws)
+            for phase, trace in program.traces.items()
+            for draws in _same_key(trace.draws)
+        ],
+    }
+
+
+def _stream_row(program: Program, name: str) -> dict[str, Any]:
+    stream = program.plan.streams[name]
+    row: dict[str, Any] = {
+        "name": name,
+        "kind": str(stream.spec.kind),
+        "seed": stream.seed,
+        "derive": str(stream.spec.derivation),
+        "phases": [str(phase) for phase in stream.spec.phases],
+        "per": {str(c): str(rule) for c, rule in stream.spec.per.items()},
+    }
+    if stream.spec.kind is StreamKind.HOST:
+        return {**row, "bit_generator": "Philox", "spawn_key": host_words(stream)}
+    base = derive_key(stream.base, impl=program.plan.impl)
+    ops = [_op_row(op) for op in stream.base]
+    return {**row, "derivation": ops, "key": key_words(base)}
+
+
+def _same_key(draws: tuple[Draw, ...]) -> Iterator[list[Draw]]:
+    """Draws that share a key, together; one that is not traced stands alone."""
+    groups: dict[Any, list[Draw]] = {}
+    for i, draw in enumerate(draws):
+        key = i if draw.untraced else (draw.stream, _meaning(draw.ops), draw.axes)
+        groups.setdefault(key, []).append(draw)
+    yield from groups.values()
+
+
+def _meaning(ops: tuple[Op, ...]) -> tuple[Any, ...]:
+    return tuple((op.op, op.value, op.index, op.of) for op in ops)
+
+
+def _draw_row(program: Program, phase: Phase, draws: list[Draw]) -> dict[str, Any]:
+    draw = draws[0]
+    row: dict[str, Any] = {
+        "phase": str(phase),
+        "stream": draw.stream,
+        "path": list(draw.path),
+        "call": draw.call,
+        "axes": dict(draw.axes),
+        "uses": [
+            {
+                "primitive": d.use.primitive,
+                "shape": list(d.use.shape),
+                "bits": d.use.bits,
+            }
+            for d in draws
+        ],
+    }
+    if draw.untraced or draw.stream is None:
+        return {**row, "untraced": draw.untraced or "from no declared stream"}
+    stream = program.plan.streams[draw.stream]
+    ops = (*stream.ops(phase, program.coordinates[phase]), *draw.ops)
+    return {**row, "derivation": [_op_row(op) for op in ops]}
+
+
+def _op_row(op: Op) -> dict[str, Any]:
+    row: dict[str, Any] = {"op": op.op}
+    if op.op == "split":
+        row |= {"index": op.index, "of": op.of}
+    elif op.coordinate is not None:
+        row |= {"coordinate": str(op.coordinate)}
+    else:
+        row |= {"value": op.value}
+    return {**row, "why": op.why} if op.why else row
+
+
+def _read_op(row: Mapping[str, Any]) -> Op:
+    value = row.get("value", 0)
+    if "coordinate" in row:
+        value = Coordinate(row["coordinate"])
+    why = row.get("why", "")
+    return Op(row["op"], value, row.get("index", 0), row.get("of", 0), why)
+
+
+def rng_of(ledger: Mapping[str, Any]) -> RngSpec:
+    """The generator flags under which a ledger's keys were derived."""
+    return RngSpec(**ledger["rng"])
+
+
+def expand(
+    ledger: Mapping[str, Any], draw: Mapping[str, Any], *, step: int
+) -> Iterator[dict[str, Any]]:
+    """The keys of one entry at one step, each with a derivation that replays.
+
+    Args:
+        ledger: As `make_ledger` returns it.
+        draw: One of its `draws`.
+        step: Global step, 0-based; may lie far beyond what was trained.
+
+    Yields:
+        An entry for each microbatch and each index of a scan or vmap; `step` is
+        null in the phase `init`, `key` and `derivation` where a draw is untraced.
+    """
+    phase, axes = draw["phase"], dict(draw["axes"])
+    shown = {name: draw[name] for name in ("phase", "stream", "path", "call")}
+    shown |= {"step": None if phase == Phase.INIT else step}
+    tail = {"impl": ledger["rng"]["impl"], "uses": draw["uses"]}
+    if "derivation" not in draw:
+        missing = {"key": None, "derivation": None, "untraced": draw["untraced"]}
+        yield {**shown, "index": {}, **tail, **missing}
+        return
+    ops = tuple(_read_op(row) for row in draw["derivation"])
+    epoch = step // ledger["sizes"]["steps_per_epoch"]
+    fixed = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
+    if Coordinate.MICROBATCH in [op.coordinate for op in ops]:
+        name = "microbatches" if phase == Phase.TRAIN else "eval_batches"
+        axes = {str(Coordinate.MICROBATCH): ledger["sizes"][name], **axes}
+    for place in itertools.product(*map(range, axes.values())):
+        index = dict(zip(axes, place, strict=True))
+        bound = bind_ops(ops, {**fixed, **index})
+        key = derive_key(bound, impl=ledger["rng"]["impl"])
+        rows = [row for op in bound for row in _public_rows(op)]
+        entry = {**shown, "index": index, **tail}
+        yield {**entry, "key": key_words(key), "derivation": rows}
+
+
+def _public_rows(op: Op) -> list[dict[str, Any]]:
+    """An op in terms of `jax.random` alone: a carry is a chain of splits."""
+    if op.op != "carry":
+        return [_op_row(op)]
+    on = {"op": "split", "index": 1, "of": 2, "why": "carried on"}
+    steps = int(op.value)
+    here = {"op": "split", "index": 0, "of": 2, "why": f"{op.why} {steps}"}
+    return [*([on] * steps), here]

@@ -1,0 +1,225 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loop: calls the compiled program and yields records; it writes nothing.
+
+One call is always queued behind the one that runs, so the device never waits for
+Python. Metrics are fetched when the next call is already on its way.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from runner.program import Construct, Program
+from runner.records.events import EvalRecord, TrainRecord
+from runner.step import Batch, State
+
+__all__ = ["Outcome", "Snapshot", "train"]
+
+_SECONDS_PER_CALL = 0.2
+_FIRST_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state before step `step`; to be copied before the next record is asked for."""
+
+    step: int
+    state: State
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the loop ended, with the last good state."""
+
+    status: str
+    reason: str
+    step: int
+    state: State
+    seconds: float
+
+
+def train(
+    program: Program, *, stop: Callable[[], bool] = lambda: False
+) -> Iterator[TrainRecord | EvalRecord | Snapshot | Outcome]:
+    """Runs a program to its end, early stop, first non-finite step, or `stop()`.
+
+    Yields:
+        Records in the order of their steps; an `Outcome` last.
+    """
+    return _Loop(program, stop).run()
+
+
+class _Loop:
+    """The calls under way, and what has been learned from those that are done."""
+
+    def __init__(self, program: Program, stop: Callable[[], bool]) -> None:
+        self.program, self.stop = program, stop
+        self.spec = program.spec
+        self.train_data = _on_device(program.data.x_train, program.data.y_train)
+        self.test_data = _on_device(program.data.x_test, program.data.y_test)
+        self.pending: deque[_Call] = deque()
+        self.pace = _Pace(program)
+        self.best = _Best(program)
+        self.failed: int | None = None
+        self.reason = ""
+
+    def run(self) -> Iterator[TrainRecord | EvalRecord | Snapshot | Outcome]:
+        state, self.keys, self.hypers = self.program.start()
+        step, begun, steps = 0, time.perf_counter(), self.spec.train.steps
+        call = self.program.train_call  # compiled before the clock of a step starts
+        while step < steps and not self.reason:
+            count = min(self.pace.steps, self._next_boundary(step) - step)
+            state = self._dispatch(call, state, step, count)
+            step += count
+            if self._is_due(self.spec.eval.every, step):
+                self.pending.append(_Call(step, 0, self._evaluate(state, step)))
+            waits = self.spec.eval.patience is not None and self._is_due(
+                self.spec.eval.every, step
+            )
+            yield from self._fetch(leave=0 if waits else 1)
+            if self._saves(step) and not self.reason:
+                yield from self._fetch(leave=0)
+                yield Snapshot(step, state)
+            if self.stop():
+                self.reason = self.reason or "stopped by the user"
+                break
+        yield from self._fetch(leave=0)
+        yield self._outcome(state, step, time.perf_counter() - begun)
+
+    def _dispatch(self, call: Any, state: State, step: int, count: int) -> State:
+        rows = self.program.order.indices(step, steps=count)
+        padded = np.zeros((self.program.window, rows.shape[1]), np.int32)
+        padded[:count] = rows
+        window = jax.device_put(
+            {"first": np.int32(step), "rows": padded, "steps": np.int32(count)}
+        )
+        args = (window, self.train_data, self.keys, self.hypers)
+        if self.program.construct is Construct.LOOP:
+            state, metrics, failed = call(state, *args)
+        else:
+            metrics = []
+            for _ in range(count):
+                state, row, failed = call(state, *args)
+                metrics.append(row)
+        self.pending.append(_Call(step, count, (metrics, failed)))
+        return state
+
+    def _evaluate(self, state: State, step: int) -> Any:
+        rows, n = self.program.eval_rows, len(self.program.data.x_test)
+        sums = dict.fromkeys(self.spec.task.metrics, np.float32(0))
+        for part in range(self.program.eval_batches):
+            at = np.arange(part * rows, (part + 1) * rows, dtype=np.int32)
+            window = {
+                "rows": np.minimum(at, n - 1),
+                "weights": (at < n).astype(np.float32),
+                "part": np.int32(part),
+            }
+            args = (state, window, self.test_data, self.keys, self.hypers)
+            sums = self.program.eval_call(sums, *args)
+        return sums
+
+    def _fetch(self, *, leave: int) -> Iterator[TrainRecord | EvalRecord]:
+        """Records of all calls but the last `leave` ones."""
+        while len(self.pending) > leave and self.failed is None:
+            call = self.pending.popleft()
+            result = jax.device_get(call.result)
+            if call.steps:
+                yield self._train_record(call, *result)
+            else:
+                yield self._eval_record(call, result)
+
+    def _train_record(self, call: "_Call", metrics: Any, failed: Any) -> TrainRecord:
+        if isinstance(metrics, list):
+            metrics = {k: np.stack([row[k] for row in metrics]) for k in metrics[0]}
+        self.pace.done(call.steps)
+        steps = call.steps
+        if failed >= 0:
+            self.failed, steps = int(failed), int(failed) - call.step + 1
+            self.reason = f"loss or update not finite at step {self.failed}"
+        return TrainRecord(call.step, {k: v[:steps] for k, v in metrics.items()})
+
+    def _eval_record(self, call: "_Call", sums: Any) -> EvalRecord:
+        n = len(self.program.data.x_test)
+        values = {name: float(np.float32(s / n)) for name, s in sums.items()}
+        is_best = self.best.take(values, call.step)
+        patience = self.spec.eval.patience
+        if patience is not None and self.best.since >= patience:
+            what = f"{self.best.metric} not better in {patience} evaluations"
+            self.reason = f"early stop at step {call.step}: {what}"
+        return EvalRecord(call.step, values, is_best)
+
+    def _outcome(self, state: State, step: int, seconds: float) -> Outcome:
+        if self.failed is not None:
+            status, step = "failed", self.failed
+        elif self.reason == "stopped by the user":
+            status = "interrupted"
+        else:
+            status = "completed"
+        return Outcome(status, self.reason, step, state, seconds)
+
+    def _next_boundary(self, step: int) -> int:
+        every = [self.spec.eval.every, self.spec.checkpoint.every]
+        ends = [step - step % n + n for n in every if n is not None]
+        return min([*ends, self.spec.train.steps])
+
+    def _is_due(self, every: int | None, step: int) -> bool:
+        return step == self.spec.train.steps or (every is not None and not step % every)
+
+    def _saves(self, step: int) -> bool:
+        every = self.spec.checkpoint.every
+        return every is not None and not step % every and step < self.spec.train.steps
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call under way: `steps` train steps from `step` on, or (0) an evaluation."""
+
+    step: int
+    steps: int
+    result: Any
+
+
+class _Best:
+    """The best value of the objective so far."""
+
+    def __init__(self, program: Program) -> None:
+        self.metric = program.spec.objective
+        self.sign = 1 if program.spec.task.metrics[self.metric] == "max" else -1
+        self.min_delta = program.spec.eval.min_delta
+        self.value: float | None = None
+        self.since = 0  # evaluations since the last one that was better
+
+    def take(self, values: dict[str, float], step: int) -> bool:
+        value = values[self.metric]
+        gain = None if self.value is None else self.sign * (value - self.value)
+        if gain is None or gain > self.min_delta:
+            self.value, self.since = value, 0
+            return True
+        self.since += 1
+        return False
+
+
+class _Pace:
+    """How many steps to put into a call: as given, or as many as take 0.2 s."""
+
+    def __init__(self, program: Program) -> None:
+        per_call = program.spec.train.steps_per_call
+        self.most, self.fixed = program.window, per_call != "auto"
+        self.steps = self.most if self.fixed else min(_FIRST_STEPS, self.most)
+        self.last = time.perf_counter()
+
+    def done(self, steps: int) -> None:
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        if not self.fixed:
+            wanted = int(steps * _SECONDS_PER_CALL / max(seconds, 1e-6))
+            self.steps = max(1, min(wanted, 4 * self.steps, self.most))
+
+
+def _on_device(x: np.ndarray, y: np.ndarray) -> Batch:
+    return Batch(jax.device_put(x), jax.device_put(y))

@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as a value: its traced model, its data, and its compiled calls.
+
+`runner.compile` makes one; it can be planned, written to a ledger, and run by
+`runner.loop`. Nothing is compiled before it is needed.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from runner.audit import Trace
+from runner.build import build_optimizer
+from runner.chunk import make_loop, make_single, take_rows
+from runner.data import BatchOrder, Dataset
+from runner.hypers import insert_hypers
+from runner.keys import (
+    KeyPlan,
+    derive_base_keys,
+    make_rngs,
+    rng_flags,
+)
+from runner.model import Model, split_variables
+from runner.spec import Coordinate, Phase, RunSpec
+from runner.step import Batch, Parts, State, make_eval_step, make_step
+from runner.tasks import make_task
+
+__all__ = ["Construct", "Program", "build_run_optimizer", "hyper_shapes", "make_setup"]
+
+_AUTO_WINDOW = 512  # steps whose metrics and row numbers one call can hold
+_AUTO_EVAL_ROWS = 1024
+
+
+class Construct(StrEnum):
+    """How the compiled program takes its steps; part of the result's bits."""
+
+    LOOP = "loop"
+    STEP = "step"
+
+
+@dataclass(frozen=True, eq=False)
+class Program:
+    """A run, as a value.
+
+    Args:
+        spec: What was asked for.
+        plan: Resolved streams.
+        data: The rows.
+        order: Which rows each step takes.
+        model: How the model is called.
+        hypers: Numbers that enter the program, by config path.
+        baked: Candidates that the program needs as constants.
+        traces: What the model draws in each phase.
+        seeds: Shapes and dtypes of the streams' seeds.
+        keys: Shapes and dtypes of the streams' base keys.
+    """
+
+    spec: RunSpec
+    plan: KeyPlan
+    data: Dataset
+    order: BatchOrder
+    model: Model
+    hypers: Mapping[str, float]
+    baked: tuple[str, ...]
+    traces: Mapping[Phase, Trace]
+    seeds: Mapping[str, Any]
+    keys: Mapping[str, Any]
+
+    @property
+    def construct(self) -> Construct:
+        """Convolutions in a loop are slow on CPU and round otherwise."""
+        convolves = "conv_general_dilated" in self.traces[Phase.TRAIN].primitives
+        on_cpu = jax.default_backend() == "cpu"
+        return Construct.STEP if on_cpu and convolves else Construct.LOOP
+
+    @property
+    def microbatch(self) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of the inputs of one call of the model."""
+        rows = self.spec.data.batch_size // self.spec.train.accumulation_steps
+        x = self.data.x_train
+        return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
+
+    @property
+    def window(self) -> int:
+        """Most steps in one call."""
+        per_call = self.spec.train.steps_per_call
+        most = _AUTO_WINDOW if per_call == "auto" else per_call
+        return min(most, self.spec.train.steps)
+
+    @property
+    def eval_rows(self) -> int:
+        """Rows in one batch of an evaluation."""
+        rows = len(self.data.x_test)
+        return min(self.spec.eval.batch_size or _AUTO_EVAL_ROWS, rows)
+
+    @property
+    def eval_batches(self) -> int:
+        """Batches in an evaluation."""
+        return -(-len(self.data.x_test) // self.eval_rows)
+
+    @cached_property
+    def initial(self) -> State:
+        """Shapes and dtypes of the state."""
+        with rng_flags(self.spec.rng):
+            state, _ = jax.eval_shape(
+                make_setup(self), self.seeds, hyper_shapes(self.hypers)
+            )
+        return state
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable scalars."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.initial.params))
+
+    @property
+    def coordinates(self) -> dict[Phase, frozenset[Coordinate]]:
+        """The coordinates that each phase has."""
+        in_train = {Coordinate.STEP, Coordinate.EPOCH}
+        in_eval = set(in_train)
+        if self.spec.train.accumulation_steps > 1:
+            in_train.add(Coordinate.MICROBATCH)
+        if self.eval_batches > 1:
+            in_eval.add(Coordinate.MICROBATCH)
+        return {
+            Phase.INIT: frozenset(),
+            Phase.TRAIN: frozenset(in_train),
+            Phase.EVAL: frozenset(in_eval),
+        }
+
+    def start(self) -> tuple[State, dict[str, Any], dict[str, Any]]:
+        """The state before step 0, the streams' base keys, and the hypers."""
+        hypers = {path: jnp.asarray(value) for path, value in self.hypers.items()}
+        seeds = {name: np.uint32(s.seed) for name, s in self.plan.streams.items()}
+        with rng_flags(self.spec.rng):
+            state, keys = jax.jit(make_setup(self))(seeds, hypers)
+        return state, keys, hypers
+
+    @cached_property
+    def train_call(self) -> Callable[..., tuple[State, Any, Any]]:
+        """Compiled: (state, window, data, keys, hypers) to state, metrics, failed.
+
+        `window` is {first: step, rows: [steps, batch_size], steps: count}. The
+        construct `loop` takes `steps` steps and returns metrics of shape [steps];
+        `step` takes one, and returns scalars. The state is donated.
+        """
+        step = make_step(_make_parts(self, Phase.TRAIN))
+        make = make_loop if self.construct is Construct.LOOP else make_single
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        shape = (self.window, self.order.batch_size)
+        rows = jax.ShapeDtypeStruct(shape, jnp.int32)
+        window = {"first": scalar, "rows": rows, "steps": scalar}
+        data = Batch(_shape(self.data.x_train), _shape(self.data.y_train))
+        with rng_flags(self.spec.rng):
+            jitted = jax.jit(make(step), donate_argnums=0)
+            args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
+            return jitted.lower(*args).compile()
+
+    @cached_property
+    def eval_call(self) -> Callable[..., Any]:
+        """Compiled: (sums, state, at, data, keys, hypers) to sums of the metrics.
+
+        `at` is {rows: [rows], weights: [rows], part: number of the batch}.
+        """
+        step = make_eval_step(_make_parts(self, Phase.EVAL))
+
+        def call(sums: Any, state: Any, at: Any, data: Batch, keys: Any, hypers: Any):
+            batch = take_rows(data, at["rows"])
+            more = step(state, batch, at["weights"], keys, hypers, at["part"])
+            return jax.tree.map(jnp.add, sums, more)
+
+        at = {
+            "rows": jax.ShapeDtypeStruct((self.eval_rows,), jnp.int32),
+            "weights": jax.ShapeDtypeStruct((self.eval_rows,), jnp.float32),
+            "part": jax.ShapeDtypeStruct((), jnp.int32),
+        }
+        sum_ = jax.ShapeDtypeStruct((), jnp.float32)
+        sums = dict.fromkeys(self.spec.task.metrics, sum_)
+        data = Batch(_shape(self.data.x_test), _shape(self.data.y_test))
+        with rng_flags(self.spec.rng):
+            args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
+            return jax.jit(call).lower(*args).compile()
+
+
+def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:
+    """(seeds, hypers) to the state before step 0 and the streams' base keys."""
+    spec, plan, x = program.spec, program.plan, program.microbatch
+
+    def setup(seeds: Any, hypers: Any) -> tuple[State, dict[str, Any]]:
+        base = derive_base_keys(plan, seeds=seeds)
+        rngs = {name: base[name] for name in plan.in_phase(Phase.INIT)}
+        variables = program.model.init(rngs, jnp.zeros(x.shape, x.dtype), hypers)
+        params, collections = split_variables(variables)
+        state = State(
+            step=jnp.int32(0),
+            params=params,
+            collections=collections,
+            opt_state=build_run_optimizer(spec, hypers).init(params),
+            carried={name: base[name] for name in plan.carried()},
+            failed=jnp.int32(-1),
+        )
+        return state, base
+
+    return setup
+
+
+def _make_parts(program: Program, phase: Phase) -> Parts:
+    spec = program.spec
+    return Parts(
+        apply=program.model.apply,
+        task=make_task(spec.task),
+        optimizer=partial(build_run_optimizer, spec),
+        rngs=make_rngs(
+            program.plan,
+            phase=phase,
+            coordinates=program.coordinates[phase],
+            steps_per_epoch=program.order.steps_per_epoch,
+        ),
+        microbatches=spec.train.accumulation_steps,
+        unroll=program.construct is Construct.STEP,
+        compute_dtype=jnp.dtype(spec.train.compute_dtype),
+        max_norm=spec.train.max_norm is not None,
+    )
+
+
+def build_run_optimizer(
+    spec: RunSpec, hypers: Mapping[str, Any]
+) -> optax.GradientTransformationExtraArgs:
+    node = insert_hypers(spec.optimizer, hypers, path="optimizer")
+    optimizer = build_optimizer(node, path="optimizer", trusted=spec.trusted)
+    if spec.train.clip_norm is not None:
+        norm = hypers.get("train.clip_norm", spec.train.clip_norm)
+        clip = optax.clip_by_global_norm(norm)
+        optimizer = optax.chain(clip, optimizer)
+    return optax.with_extra_args_support(optimizer)
+
+
+def _shape(array: np.ndarray) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+
+def hyper_shapes(hypers: Mapping[str, float]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Floats as a program takes them: weakly typed, as a Python number is."""
+    shape = jax.ShapeDtypeStruct((), jnp.float32, weak_type=True)
+    return dict.fromkeys(hypers, shape)

@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SHA-256 over values, bit by bit."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runner.records.files import canonical_json
+
+__all__ = ["digest_file", "digest_leaves", "digest_plain"]
+
+
+def digest_plain(value: Any) -> str:
+    """SHA-256 hex of plain data, over its canonical JSON."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_leaves(leaves: dict[str, np.ndarray]) -> str:
+    """SHA-256 hex of named arrays: names in order, each with dtype, shape, bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(leaves):
+        leaf = np.ascontiguousarray(leaves[name])
+        head = canonical_json([name, leaf.dtype.str, list(leaf.shape)])
+        digest.update(head.encode() + b"\n")
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def digest_file(path: Path) -> str:
+    """SHA-256 hex of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that a kill at any moment leaves whole; and a directory for each run."""
+
+import contextlib
+import itertools
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from runner.errors import RecordError
+
+__all__ = ["canonical_json", "claim_directory", "read_json", "write_atomically"]
+
+
+def claim_directory(path: Path, *, exact: bool) -> Path:
+    """Makes a directory that no other run has, by an exclusive `mkdir`.
+
+    Args:
+        path: The wanted name.
+        exact: Refuse when it holds a run already, instead of trying `path-1`,
+            `path-2`, ... An existing directory without a run is then taken.
+
+    Raises:
+        RecordError: it can't be made, can't be written or holds a run.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if exact:
+            return _claim_exactly(path)
+        for n in itertools.count():
+            wanted = path if n == 0 else path.with_name(f"{path.name}-{n}")
+            with contextlib.suppress(FileExistsError):
+                wanted.mkdir()
+                return wanted
+    except OSError as error:
+        raise RecordError(
+            f"hydra.run.dir: can't be written (got {str(path)!r}: {error.strerror}). "
+            "Set hydra.run.dir to a directory of yours."
+        ) from error
+    raise AssertionError("unreachable")
+
+
+def _claim_exactly(path: Path) -> Path:
+    path.mkdir(exist_ok=True)
+    if (path / "run.json").exists():
+        raise RecordError(
+            f"hydra.run.dir: holds a run already (got {str(path)!r}). "
+            "Set hydra.run.dir to a new directory."
+        )
+    probe = path / ".claim"
+    with contextlib.suppress(FileNotFoundError):
+        probe.touch(exist_ok=True)
+        probe.unlink()
+    return path
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: readers see the old text or the new one."""
+    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    with new.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(path)
+    directory = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(directory)
+    finally:
+        os.close(directory)
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling for equal values: sorted keys, no spaces, strict JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+        RecordError: it is absent, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecordError(f"{path}: can't be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise RecordError(f"{path}: not JSON, so damaged ({error}).") from error

@@ -1,0 +1,514 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The frozen description of a run, and the rules it must keep. No JAX.
+
+`parse_spec` turns the plain mapping that Hydra composed into a `RunSpec`: the
+types come from the dataclass hints (see `runner.parse`), the rules that join
+several fields stand at the end of this file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, ClassVar, Literal
+
+from runner.errors import ConfigError, UnknownStreamError, did_you_mean
+from runner.parse import (
+    Count,
+    Fraction,
+    Frozen,
+    Natural,
+    Node,
+    Positive,
+    Rate,
+    Seed,
+    build_dataclass,
+)
+
+__all__ = [
+    "HAZARD_CODES",
+    "ArraysSpec",
+    "CheckpointSpec",
+    "ClassificationSpec",
+    "Coordinate",
+    "CsvSpec",
+    "DataSpec",
+    "Derive",
+    "DigitsSpec",
+    "EvalSpec",
+    "Impl",
+    "MnistSpec",
+    "Phase",
+    "RegressionSpec",
+    "RngSpec",
+    "Rule",
+    "RunSpec",
+    "SinksSpec",
+    "StreamKind",
+    "StreamSpec",
+    "TaskSpec",
+    "TensorboardSpec",
+    "TerminalSpec",
+    "TrainSpec",
+    "WandbSpec",
+    "parse_spec",
+]
+
+HAZARD_CODES = tuple(f"R{n:03d}" for n in range(1, 16))
+
+
+class Impl(StrEnum):
+    """A PRNG implementation of JAX."""
+
+    THREEFRY2X32 = "threefry2x32"
+    RBG = "rbg"
+    UNSAFE_RBG = "unsafe_rbg"
+
+
+class Phase(StrEnum):
+    """A part of a run with keys of its own."""
+
+    INIT = "init"
+    TRAIN = "train"
+    EVAL = "eval"
+    SAMPLE = "sample"
+
+
+class Derive(StrEnum):
+    """How a stream's key comes from its root key."""
+
+    NAME = "name"
+    SPLIT = "split"
+    ROOT = "root"
+
+
+class Rule(StrEnum):
+    """How a coordinate enters a stream's key."""
+
+    FOLD_IN = "fold_in"
+    CARRY = "carry"
+
+
+class StreamKind(StrEnum):
+    """Where a stream is drawn: in the compiled program, or on the host."""
+
+    JAX = "jax"
+    HOST = "host"
+
+
+class Coordinate(StrEnum):
+    """A number that a stream's key may depend on."""
+
+    STEP = "step"
+    EPOCH = "epoch"
+    MICROBATCH = "microbatch"
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """One entry of `rng.streams`.
+
+    `per` lists coordinates in the order in which they enter the key; what is not
+    listed is shared. `derive` is `root` by default for a stream with a `seed` of
+    its own, else `name`.
+    """
+
+    phases: tuple[Phase, ...] = (Phase.TRAIN,)
+    per: Mapping[Coordinate, Rule] = field(default_factory=Frozen)
+    kind: StreamKind = StreamKind.JAX
+    seed: Seed | None = None
+    derive: Derive | None = None
+
+    @property
+    def derivation(self) -> Derive:
+        """The `derive` in force."""
+        return self.derive or (Derive.NAME if self.seed is None else Derive.ROOT)
+
+
+@dataclass(frozen=True)
+class RngSpec:
+    """`rng`: where every random number of the run comes from."""
+
+    seed: Seed = 0
+    impl: Impl = Impl.THREEFRY2X32
+    partitionable: bool = True
+    fix_separator: bool = True
+    fallback: Literal["error", "params"] = "error"
+    allow: tuple[str, ...] = ()
+    streams: Mapping[str, StreamSpec] = field(default_factory=Frozen)
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What every data set answers to.
+
+    `shuffle` and `split` name host streams: the order of each epoch, and the
+    choice of test rows where the source has no split of its own. `shuffle: null`
+    reads the rows as they stand.
+    """
+
+    batch_size: Count = 128
+    shuffle: str | None = "shuffle"
+
+
+@dataclass(frozen=True)
+class DigitsSpec(DataSpec):
+    """scikit-learn's 1,797 images of 8 x 8, ten classes; ships with the package."""
+
+    name: Literal["digits"] = "digits"
+    test_fraction: Fraction = 0.2
+    split: str = "split"
+
+
+@dataclass(frozen=True)
+class ArraysSpec(DataSpec):
+    """Arrays of anyone's: an `.npz`, or `.npy` inputs with `.npy` targets.
+
+    An `.npz` holds `x_train, y_train, x_test, y_test`, or `x, y` to be split.
+    """
+
+    name: Literal["arrays"] = "arrays"
+    path: str = ""
+    target_path: str | None = None
+    test_fraction: Fraction = 0.2
+    split: str = "split"
+
+
+@dataclass(frozen=True)
+class MnistSpec(DataSpec):
+    """The four idx files of MNIST (or one of its relatives), gzipped or not."""
+
+    name: Literal["mnist"] = "mnist"
+    path: str = ""
+
+
+@dataclass(frozen=True)
+class CsvSpec(DataSpec):
+    """A table of numbers with a header; one column is the target."""
+
+    name: Literal["csv"] = "csv"
+    path: str = ""
+    target: str = ""
+    standardize: bool = True
+    test_fraction: Fraction = 0.2
+    split: str = "split"
+
+
+@dataclass(frozen=True)
+class ClassificationSpec:
+    """Softmax cross-entropy over integer labels."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"accuracy": "max", "loss": "min"}
+
+    name: Literal["classification"] = "classification"
+    label_smoothing: Rate = 0.0
+
+
+@dataclass(frozen=True)
+class RegressionSpec:
+    """Mean squared error."""
+
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min", "mae": "min"}
+
+    name: Literal["regression"] = "regression"
+
+
+TaskSpec = ClassificationSpec | RegressionSpec
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    """`train`: the loop.
+
+    `steps_per_call` is the number of steps in one call of the compiled program;
+    it never changes a bit. `accumulation_steps` cuts each batch into that many
+    microbatches. `clip_norm` bounds the global norm of the gradient. `max_norm`
+    bounds the norm of each unit's incoming weights (Srivastava et al. 2014, §5.1).
+    `compile_cache` is a directory, `auto` (the user's cache) or null.
+    """
+
+    steps: Count = 1000
+    steps_per_call: Count | Literal["auto"] = "auto"
+    accumulation_steps: Count = 1
+    clip_norm: Positive | None = None
+    max_norm: Positive | None = None
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    compile_cache: str | None = "auto"
+
+
+@dataclass(frozen=True)
+class EvalSpec:
+    """`eval`: when to evaluate, and which metric counts.
+
+    `every` is in steps (null: at the end alone), `batch_size` in rows (null: as
+    large as 1,024). `metric` is the objective (null: the task's first), whose
+    best value is kept in the record. With `patience`, the run stops after that
+    many evaluations in a row that did not better it by more than `min_delta`.
+    """
+
+    every: Count | None = None
+    batch_size: Count | None = None
+    metric: str | None = None
+    patience: Count | None = None
+    min_delta: Natural = 0.0
+
+
+@dataclass(frozen=True)
+class TerminalSpec:
+    """`sinks.terminal`: a live display, plain lines, or neither."""
+
+    mode: Literal["auto", "rich", "plain", "disabled"] = "auto"
+
+
+@dataclass(frozen=True)
+class WandbSpec:
+    """`sinks.wandb`: a mirror of the record in Weights & Biases.
+
+    `mode: auto` is what the environment's WANDB_MODE says, else offline. `every`
+    is the number of train steps between two rows.
+    """
+
+    mode: Literal["auto", "offline", "online", "disabled"] = "auto"
+    project: str = "runner"
+    entity: str | None = None
+    group: str | None = None
+    every: Count = 10
+
+
+@dataclass(frozen=True)
+class TensorboardSpec:
+    """`sinks.tensorboard`: event files in the run directory (an extra)."""
+
+    mode: Literal["enabled", "disabled"] = "disabled"
+    every: Count = 10
+
+
+@dataclass(frozen=True)
+class SinksSpec:
+    """`sinks`: where records go besides the run directory."""
+
+    terminal: TerminalSpec = TerminalSpec()
+    wandb: WandbSpec = WandbSpec()
+    tensorboard: TensorboardSpec = TensorboardSpec()
+
+
+@dataclass(frozen=True)
+class CheckpointSpec:
+    """`checkpoint`: the state is kept at the end, and every so many steps."""
+
+    every: Count | None = None
+    keep: Count = 1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """All that a run depends on."""
+
+    model: Node
+    optimizer: Node
+    experiment: str = "default"
+    seed: Seed = 0
+    trusted: tuple[str, ...] = ()
+    rng: RngSpec = RngSpec()
+    data: DigitsSpec | ArraysSpec | MnistSpec | CsvSpec = DigitsSpec()
+    task: TaskSpec = ClassificationSpec()
+    train: TrainSpec = TrainSpec()
+    eval: EvalSpec = EvalSpec()
+    sinks: SinksSpec = SinksSpec()
+    checkpoint: CheckpointSpec = CheckpointSpec()
+
+    @property
+    def objective(self) -> str:
+        """The metric that counts."""
+        return self.eval.metric or next(iter(self.task.metrics))
+
+
+def parse_spec(config: Mapping[str, Any]) -> RunSpec:
+    """Checks a composed, resolved config and freezes it.
+
+    Args:
+        config: Plain data: mappings, sequences, scalars, None.
+
+    Raises:
+        ConfigError: a leaf breaks a rule; the message says which, and the fix.
+    """
+    spec = build_dataclass(RunSpec, config)
+    for check in (_check_trusted, _check_streams, _check_host_streams):
+        check(spec)
+    for check in (_check_rates, _check_task, _check_batches):
+        check(spec)
+    return spec
+
+
+_OURS = ("conf", "hydra_plugins", "models", "runner", "tests")
+
+
+def _check_trusted(spec: RunSpec) -> None:
+    for i, package in enumerate(spec.trusted):
+        path = f"trusted[{i}]"
+        if not all(part.isidentifier() for part in package.split(".")):
+            raise ConfigError(path, "must be the import name of a package", got=package)
+        if package.split(".")[0] in _OURS:
+            raise ConfigError(
+                path,
+                "names a package of the runner itself",
+                got=package,
+                allowed="`models.X` in a config always means the runner's models",
+                fix="Put yours in a package with a name of its own (mylab/models.py)",
+            )
+
+
+def _check_streams(spec: RunSpec) -> None:
+    for i, code in enumerate(spec.rng.allow):
+        if code not in HAZARD_CODES:
+            raise ConfigError(
+                f"rng.allow[{i}]",
+                "not a hazard code",
+                got=code,
+                allowed=f"Codes: {HAZARD_CODES[0]} to {HAZARD_CODES[-1]}",
+            )
+    for name, stream in spec.rng.streams.items():
+        path = f"rng.streams.{name}"
+        if name in set(Phase):
+            raise ConfigError(
+                path,
+                "a phase's name would meet that phase's keys",
+                got=name,
+                fix="Name the stream after what it is used for",
+            )
+        if stream.kind is StreamKind.HOST:
+            _check_host_stream(path, stream)
+        rules = list(stream.per.values())
+        if Rule.CARRY in rules and stream.per.get(Coordinate.STEP) is not Rule.CARRY:
+            raise ConfigError(
+                f"{path}.per", "only `step` can be carried", got=_plain(stream.per)
+            )
+        if Rule.CARRY in rules[1:]:
+            raise ConfigError(
+                f"{path}.per",
+                "a carried `step` must come first",
+                got=_plain(stream.per),
+            )
+        if stream.derive is Derive.SPLIT and stream.seed is not None:
+            raise ConfigError(
+                f"{path}.derive",
+                "a stream with a seed of its own has no siblings to split with",
+                got="split",
+                fix=f"Remove {path}.seed, or say derive: name",
+            )
+
+
+def _check_host_stream(path: str, stream: StreamSpec) -> None:
+    other = [c for c in stream.per if c is not Coordinate.EPOCH]
+    if other:
+        raise ConfigError(
+            f"{path}.per",
+            "a host stream can differ by epoch alone",
+            got=_plain(stream.per),
+            fix=f"Set {path}.per=[epoch] or []",
+        )
+    if Rule.CARRY in stream.per.values() or stream.derive not in (None, Derive.NAME):
+        raise ConfigError(
+            path,
+            "a host stream is seeded by its name and epoch, with no other rule",
+            fix=f"Remove {path}.derive and rules in {path}.per",
+        )
+
+
+def _check_host_streams(spec: RunSpec) -> None:
+    for use in ("shuffle", "split"):
+        name = getattr(spec.data, use, None)
+        if name is None:
+            continue
+        stream = spec.rng.streams.get(name)
+        if stream is None:
+            raise UnknownStreamError(
+                f"data.{use}",
+                "not a declared stream",
+                got=name,
+                allowed=f"Declared: {', '.join(sorted(spec.rng.streams)) or 'none'}",
+                fix=did_you_mean(name, spec.rng.streams)
+                or f"Set +rng.streams.{name}={{kind: host}}",
+            )
+        if stream.kind is not StreamKind.HOST:
+            raise ConfigError(
+                f"rng.streams.{name}.kind",
+                "rows are ordered on the host",
+                got=stream.kind.value,
+                fix=f"Set rng.streams.{name}.kind=host",
+            )
+    if spec.rng.streams and getattr(spec.data, "split", None):
+        split = spec.rng.streams[spec.data.split]  # type: ignore[union-attr]
+        if Coordinate.EPOCH in split.per:
+            raise ConfigError(
+                f"rng.streams.{spec.data.split}.per",  # type: ignore[union-attr]
+                "test rows are chosen once, so this stream has no epoch",
+                got=_plain(split.per),
+                fix="Set it to []",
+            )
+
+
+def _check_rates(spec: RunSpec) -> None:
+    for path, value in _leaves("model", spec.model):
+        leaf = path.rsplit(".", 1)[-1]
+        if leaf != "rate" and not leaf.endswith("dropout_rate"):
+            continue
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 <= value <= 1:
+            raise ConfigError(
+                path, "must be a number from 0 to 1", got=value, allowed="0 keeps all"
+            )
+
+
+def _check_task(spec: RunSpec) -> None:
+    metrics = spec.task.metrics
+    if spec.eval.metric is not None and spec.eval.metric not in metrics:
+        raise ConfigError(
+            "eval.metric",
+            f"not computed by task {spec.task.name}",
+            got=spec.eval.metric,
+            allowed=f"Computed: {', '.join(sorted(metrics))}",
+            fix=did_you_mean(spec.eval.metric, metrics),
+        )
+    if spec.eval.patience is not None and spec.eval.every is None:
+        raise ConfigError(
+            "eval.patience",
+            "needs evaluations before the end",
+            got=spec.eval.patience,
+            fix="Set eval.every to a number of steps",
+        )
+
+
+def _check_batches(spec: RunSpec) -> None:
+    rows, parts = spec.data.batch_size, spec.train.accumulation_steps
+    if rows % parts:
+        raise ConfigError(
+            "train.accumulation_steps",
+            f"must divide data.batch_size ({rows})",
+            got=parts,
+            fix=f"Set data.batch_size={-(-rows // parts) * parts}",
+        )
+    if getattr(spec.data, "path", None) == "":
+        raise ConfigError(
+            "data.path",
+            f"must say where the {spec.data.name} files are",
+            got="",
+            fix="Set data.path=/where/they/are",
+        )
+    if isinstance(spec.data, CsvSpec) and not spec.data.target:
+        raise ConfigError(
+            "data.target", "must name the target's column", got="", fix="Set it"
+        )
+
+
+def _leaves(path: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        parts = [(f"{path}.{key}", child) for key, child in value.items()]
+    elif isinstance(value, tuple):
+        parts = [(f"{path}[{i}]", child) for i, child in enumerate(value)]
+    else:
+        return [(path, value)]
+    return [leaf for where, child in parts for leaf in _leaves(where, child)]
+
+
+def _plain(per: Mapping[Coordinate, Rule]) -> dict[str, str]:
+    return {str(c): str(r) for c, r in per.items()}

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model is trained for: a loss and metrics for each row of a batch."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Num
+
+from runner.data import Dataset
+from runner.errors import ConfigError
+from runner.spec import ClassificationSpec, TaskSpec
+
+__all__ = ["Task", "make_task"]
+
+Hypers = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Pure functions of one task; all return a value for each row.
+
+    Args:
+        loss: (outputs, targets, hypers) to the loss that is trained on.
+        metrics: (outputs, targets) to the metrics; `loss` is the plain loss, without
+            label smoothing, that evaluations report.
+        check: (outputs, data) raises ConfigError where a model's outputs don't fit.
+    """
+
+    loss: Callable[[Array, Array, Hypers], Float[Array, " rows"]]
+    metrics: Callable[[Array, Array], dict[str, Float[Array, " rows"]]]
+    check: Callable[[jax.ShapeDtypeStruct, Dataset], None]
+
+
+def make_task(spec: TaskSpec) -> Task:
+    """The functions of the declared task."""
+    if isinstance(spec, ClassificationSpec):
+        return Task(_smooth_entropy, _class_metrics, _check_logits)
+    return Task(
+        lambda outputs, targets, _: _squared_error(outputs, targets),
+        _value_metrics,
+        _check_values,
+    )
+
+
+def _smooth_entropy(
+    logits: Float[Array, "rows classes"], labels: Array, hypers: Hypers
+) -> Float[Array, " rows"]:
+    """Cross-entropy with smoothed labels (Szegedy et al. 2016, section 7).
+
+    (1 - s) * -log p[label]  +  s * mean over classes of -log p
+    """
+    smoothing = hypers["task.label_smoothing"]
+    losses = -jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(losses, labels[:, None], axis=-1)[:, 0]
+    return (1 - smoothing) * chosen + smoothing * losses.mean(axis=-1)
+
+
+def _class_metrics(logits: Array, labels: Array) -> dict[str, Float[Array, " rows"]]:
+    losses = -jax.nn.log_softmax(logits)
+    chosen = jnp.take_along_axis(losses, labels[:, None], axis=-1)[:, 0]
+    right = jnp.argmax(logits, axis=-1) == labels
+    return {"loss": chosen, "accuracy": right.astype(jnp.float32)}
+
+
+def _value_metrics(outputs: Array, targets: Array) -> dict[str, Float[Array, " rows"]]:
+    error = jnp.abs(_as_rows(outputs) - _as_rows(targets))
+    return {"loss": _squared_error(outputs, targets), "mae": error.mean(axis=-1)}
+
+
+def _squared_error(outputs: Array, targets: Array) -> Float[Array, " rows"]:
+    return jnp.square(_as_rows(outputs) - _as_rows(targets)).mean(axis=-1)
+
+
+def _as_rows(values: Num[Array, "rows ..."]) -> Float[Array, "rows values"]:
+    return values.reshape(values.shape[0], -1).astype(jnp.float32)
+
+
+def _check_logits(outputs: jax.ShapeDtypeStruct, data: Dataset) -> None:
+    if data.classes is None:
+        raise ConfigError(
+            "task.name",
+            "classification needs integer labels",
+            got=f"targets of type {data.y_train.dtype}",
+            fix="Set task=regression",
+        )
+    shape = getattr(outputs, "shape", None)
+    if shape is None or len(shape) != 2 or shape[1] < data.classes:
+        raise ConfigError(
+            "model",
+            f"must return logits of shape (rows, at least {data.classes} classes)",
+            got=shape if shape is not None else type(outputs).__name__,
+            fix=f"Give its last layer {data.classes} features",
+        )
+
+
+def _check_values(outputs: jax.ShapeDtypeStruct, data: Dataset) -> None:
+    shape = getattr(outputs, "shape", None)
+    want = int(np.prod(data.y_train.shape[1:], dtype=int))
+    if not shape or int(np.prod(shape[1:], dtype=int)) != want:
+        raise ConfigError(
+            "model",
+            f"must return {want} value{'s' * (want != 1)} for each row",
+            got=shape if shape is not None else type(outputs).__name__,
+            fix=f"Give its last layer {want} feature{'s' * (want != 1)}",
+        )

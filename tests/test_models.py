@@ -1,0 +1,938 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`runner.models` against Flax and against the same modules by hand, in bits."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import errors, traverse_util
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import lax
+
+import runner.models as models
+from runner.models import (
+    CNN,
+    MLP,
+    Dropout,
+    Noise,
+    ResidualMLPBlock,
+    Sequential,
+    Variable,
+)
+
+RATES = (0.0, 0.1, 0.3, 0.5, 0.9, 1.0)
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+KEYS = {"params": 1, "dropout": 2, "noise": 3}
+
+
+def rngs(*streams: str) -> dict[str, jax.Array]:
+    return {name: jax.random.key(KEYS[name]) for name in streams or KEYS}
+
+
+def values(*shape: int, dtype: Any = jnp.float32, seed: int = 0) -> jax.Array:
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+def to_bits(tree: Any) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path): (str(x.dtype), x.shape, np.asarray(x).tobytes())
+        for path, x in leaves
+    }
+
+
+def assert_same(ours: Any, theirs: Any) -> None:
+    """Same paths, shapes, dtypes, bytes."""
+    ours, theirs = to_bits(ours), to_bits(theirs)
+    assert ours.keys() == theirs.keys()
+    assert not [path for path in ours if ours[path] != theirs[path]]
+
+
+def paths(variables: Any) -> set[str]:
+    return set(traverse_util.flatten_dict(dict(variables), sep="/"))
+
+
+def draws(function: Callable[..., Any], *args: Any) -> list[str]:
+    """The draws and key derivations in the traced program, in order."""
+
+    def walk(jaxpr: Any) -> list[str]:
+        found = []
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name in ("random_bits", "random_fold_in"):
+                found.append(f"{eqn.primitive.name} {eqn.params} {eqn.invars[1:]}")
+            for inner in jax.core.jaxprs_in_params(eqn.params):
+                found += walk(inner)
+        return found
+
+    return walk(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def value_and_vjp(
+    function: Callable[[jax.Array], jax.Array], x: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    y, vjp = jax.vjp(function, x)
+    return y, vjp(values(*y.shape, dtype=y.dtype, seed=1))[0]
+
+
+def drop(layer: nn.Module, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output of a dropout layer and the gradient of its input."""
+    return value_and_vjp(
+        lambda x: layer.apply({}, x, deterministic=False, rngs=rngs("dropout")), x
+    )
+
+
+# --- Dropout
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("shape", "broadcast_dims"),
+    [((), ()), ((0, 3), ()), ((57,), ()), ((9, 8), (0,)), ((5, 4, 3), (0, -1))],
+)
+def test_dropout_eager(rate, dtype, shape, broadcast_dims):
+    x = values(*shape, dtype=dtype)
+    ours = Dropout(rate, broadcast_dims=broadcast_dims)
+    theirs = nn.Dropout(rate, broadcast_dims=broadcast_dims)
+    assert_same(drop(ours, x), drop(theirs, x))
+
+
+@pytest.mark.parametrize("rate", RATES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_jit_and_traced_rate(rate, dtype):
+    x = values(40, 50, dtype=dtype)
+    ours = jax.jit(lambda x: drop(Dropout(rate), x))(x)
+    theirs = jax.jit(lambda x: drop(nn.Dropout(rate), x))(x)
+    assert_same(ours, theirs)
+
+    # An array holds the rate as float32: Flax is given just that number.
+    rounded = float(np.float32(rate))
+    theirs = jax.jit(lambda x: drop(nn.Dropout(rounded), x))(x)
+    for given_rate in (rate, jnp.float32(rate)):  # weakly and strongly typed
+        assert_same(traced(x, given_rate), theirs)
+    assert_same(drop(Dropout(jnp.float32(rate)), x), theirs)
+
+
+@jax.jit
+def traced(x, rate):
+    return drop(Dropout(rate), x)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_lanes(dtype):
+    x, rates = values(30, 20, dtype=dtype), jnp.array(RATES)
+    alone = [drop(nn.Dropout(float(rate)), x) for rate in np.float32(RATES)]
+    stacked = jax.tree.map(lambda *lanes: jnp.stack(lanes), *alone)
+    assert_same(jax.jit(jax.vmap(traced, (None, 0)))(x, rates), stacked)
+    mapped = jax.jit(lambda x, rates: lax.map(lambda rate: traced(x, rate), rates))
+    assert_same(mapped(x, rates), stacked)
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(0, 1))
+def test_dropout_any_rate(rate):
+    x = values(11, 7)
+    assert_same(drop(Dropout(rate), x), drop(nn.Dropout(rate), x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(0, 1, width=32))
+def test_dropout_any_traced_rate(rate):
+    x = values(11, 7)
+    assert_same(traced(x, rate), drop(nn.Dropout(rate), x))
+
+
+@settings(max_examples=60, deadline=None)
+@given(rate=st.floats(0, 1))
+def test_dropout_traced_rate_is_off_by_its_rounding_alone(rate):
+    kept = np.float32(1) - np.float32(rate)
+    ours, theirs = traced(values(11, 7), rate), drop(nn.Dropout(rate), values(11, 7))
+    if kept == np.float32(1 - rate):
+        assert_same(ours, theirs)
+    else:
+        assert abs(kept - (1 - rate)) <= 2**-24
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.75])
+def test_dropout_rates_that_survive_tracing(rate):
+    x = values(40, 50)
+    assert_same(traced(x, rate), drop(nn.Dropout(rate), x))
+
+
+@pytest.mark.parametrize("rate", [0.6, 0.8, 0.9])
+def test_dropout_rates_that_do_not_survive_tracing(rate):
+    x = values(40, 50)
+    ours, theirs = traced(x, rate), drop(nn.Dropout(rate), x)
+    assert to_bits(ours) != to_bits(theirs)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+@pytest.mark.parametrize("rate", [0, 1, 0.5])
+def test_dropout_makes_no_nan(rate, as_array):
+    x = jnp.array([0.0, -0.0, 3e38, -3e38, 1e-37, 1.0])
+    layer = Dropout(jnp.float32(rate)) if as_array else Dropout(rate)
+    with jax.debug_nans(True):
+        y, grad = drop(layer, x)
+        jitted = jax.jit(lambda x: drop(layer, x))(x)
+    assert_same((y, grad), jitted)
+    assert np.isfinite(grad).all()
+    if rate in (0, 1):
+        assert_same((y, grad), drop(nn.Dropout(rate), x))
+
+
+def test_dropout_of_everything_drops_nan_and_infinity():
+    x = jnp.array([jnp.nan, jnp.inf, -jnp.inf])
+    for rate in (1, jnp.float32(1)):
+        assert_same(drop(Dropout(rate), x), drop(nn.Dropout(1.0), x))
+
+
+def test_dropout_subnormal_inputs():
+    x = jnp.array([1e-40, 1.0])
+    assert_same(drop(Dropout(0.0), x), drop(nn.Dropout(0.0), x))
+    assert drop(Dropout(jnp.float32(0)), x)[0].tolist() == [0.0, 1.0]  # as documented
+
+
+@pytest.mark.parametrize(
+    "rate", [0, 1, np.float32(0.3), np.float64(0.3), np.array(0.3)]
+)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_number_types(rate, dtype):
+    x = values(20, dtype=dtype)
+    assert_same(drop(Dropout(rate), x), drop(nn.Dropout(float(rate)), x))
+
+
+@pytest.mark.parametrize("rate_dtype", [*DTYPES, float])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dropout_array_types(rate_dtype, dtype):
+    x, rate = values(20, dtype=dtype), jnp.asarray(0.3, rate_dtype)
+    assert_same(drop(Dropout(rate), x), drop(nn.Dropout(float(rate)), x))
+
+
+def test_dropout_with_64_bits():
+    with jax.enable_x64(True):
+        x = jnp.asarray(np.random.default_rng(0).normal(size=(9, 8)))
+        theirs = jax.jit(lambda x: drop(nn.Dropout(0.9), x))(x)
+        assert_same(jax.jit(lambda x: drop(Dropout(0.9), x))(x), theirs)
+        assert_same(jax.jit(lambda x, r: drop(Dropout(r), x))(x, 0.9), theirs)
+
+
+@pytest.mark.parametrize("rate", [*RATES, "traced"])
+def test_dropout_draws_whatever_the_rate(rate):
+    def loss(x, traced_rate):
+        layer = Dropout(traced_rate if rate == "traced" else rate)
+        return jnp.sin(drop(layer, x)[0]).sum()
+
+    x, half = values(4), jnp.float32(0.5)
+    reference = draws(lambda x: drop(nn.Dropout(0.5), x), x)
+    assert len([draw for draw in reference if draw.startswith("random_bits")]) == 1
+    assert draws(loss, x, half) == reference
+    assert draws(jax.jit(jax.grad(loss)), x, half) == reference
+    # Also where a partial evaluation removes what is not used.
+    assert set(draws(jax.grad(jax.checkpoint(loss)), x, half)) == set(reference)
+
+
+@pytest.mark.parametrize("rate", [*RATES, jnp.float32(0.5)])
+def test_dropout_deterministic(rate):
+    x = values(4)
+    assert_same(Dropout(rate, deterministic=True).apply({}, x), x)
+    assert_same(Dropout(rate).apply({}, x, deterministic=True), x)
+    assert not draws(lambda x: Dropout(rate).apply({}, x, deterministic=True), x)
+
+
+def test_dropout_deterministic_is_set_once():
+    with pytest.raises(ValueError, match="deterministic"):
+        Dropout(0.5).apply({}, values(4), rngs=rngs())
+    with pytest.raises(ValueError, match="deterministic"):
+        Dropout(0.5, deterministic=True).apply({}, values(4), deterministic=True)
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.5, math.nan, math.inf])
+def test_dropout_refuses_what_is_no_probability(rate):
+    with pytest.raises(ValueError, match=r"rate: not a probability \(got .+\)"):
+        Dropout(rate).apply({}, values(4), deterministic=False, rngs=rngs())
+
+
+def test_dropout_needs_its_stream():
+    with pytest.raises(errors.InvalidRngError, match="dropout"):
+        Dropout(0.0).apply({}, values(4), deterministic=False)
+
+
+def test_dropout_stream_and_key():
+    x = values(30)
+    ours, theirs = (
+        kind(0.5, rng_collection="noise", deterministic=False)
+        for kind in (Dropout, nn.Dropout)
+    )
+    assert_same(ours.apply({}, x, rngs=rngs()), theirs.apply({}, x, rngs=rngs()))
+    key = jax.random.key(9)
+    assert_same(ours.apply({}, x, rng=key), theirs.apply({}, x, rng=key))
+
+
+class Nest(nn.Module):
+    """Dropout at many paths; `kind` is ours or Flax's."""
+
+    kind: Any
+    rate: Any
+
+    @nn.compact
+    def __call__(self, x):
+        drop = functools.partial(self.kind, self.rate, deterministic=False)
+        twice = drop()
+        x = twice(twice(x))
+        x = drop(name="named")(x)
+        x = nn.Dense(8)(drop()(x))
+        x = nn.Sequential([nn.Dense(8), drop(), Inner(self.kind, self.rate)])(x)
+        scan = nn.scan(
+            Carry,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            length=3,
+        )
+        x, _ = scan(self.kind, self.rate)(x, None)
+        x = nn.remat(Inner)(self.kind, self.rate)(x)
+        return nn.vmap(
+            Inner,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+        )(self.kind, self.rate)(x)
+
+
+class Inner(nn.Module):
+    kind: Any
+    rate: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return self.kind(self.rate, deterministic=False)(nn.Dense(8)(x))
+
+
+class Carry(Inner):
+    @nn.compact
+    def __call__(self, x, _):
+        return self.kind(self.rate, deterministic=False)(nn.Dense(8)(x)), None
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5])
+def test_dropout_at_any_path(rate):
+    def run(kind, rate, x):
+        return Nest(kind, rate).init_with_output(rngs("params", "dropout"), x)
+
+    x = values(6, 8)
+    theirs = run(nn.Dropout, rate, x)
+    assert_same(run(Dropout, rate, x), theirs)
+    # XLA folds a baked rate into its neighbours: same masks, floats not always.
+    y, variables = jax.jit(functools.partial(run, Dropout))(jnp.float32(rate), x)
+    assert paths(variables) == paths(theirs[1])
+    np.testing.assert_array_equal(y == 0, theirs[0] == 0)
+    np.testing.assert_allclose(y, theirs[0], rtol=1e-5, atol=1e-5)
+
+
+# --- Sequential
+
+
+class Two(nn.Module):
+    """Returns two values, as a tuple or as a dict for `Add`."""
+
+    as_dict: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        a, b = nn.Dense(4)(x), nn.Dense(4)(x)
+        return {"b": b, "a": a} if self.as_dict else (a, b)
+
+
+class Add(nn.Module):
+    @nn.compact
+    def __call__(self, a, b):
+        return nn.Dense(3)(a) + b[..., :3]
+
+
+LAYERS = {
+    "dense": lambda: [nn.Dense(4)],
+    "activation": lambda: [nn.Dense(4), nn.relu, nn.Dense(3), jnp.tanh],
+    "named": lambda: [nn.Dense(4, name="first"), nn.gelu, nn.Dense(4), nn.Dense(2)],
+    "tuple": lambda: [Two(), Add()],
+    "dict": lambda: [Two(as_dict=True), Add()],
+    "nested": lambda: [nn.Dense(4), nn.Sequential([nn.Dense(3), nn.relu])],
+    "inline": lambda: [nn.Dense(4), lambda x: nn.Dense(x.shape[-1])(x)],
+    "no signature": lambda: [nn.Dense(4), lambda x: [x], max],
+}
+
+
+@pytest.mark.parametrize("deterministic", [None, False, True])
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_sequential_is_flax_sequential(layers, deterministic):
+    x = values(5, 4)
+    ours = Sequential(layers()).init_with_output(
+        rngs("params"), x, deterministic=deterministic
+    )
+    theirs = nn.Sequential(layers()).init_with_output(rngs("params"), x)
+    assert_same(ours, theirs)
+
+
+class Parent(nn.Module):
+    kind: Any
+    layers: Any
+
+    @nn.compact
+    def __call__(self, x):
+        return self.kind(self.layers)(self.kind([nn.Dense(4), nn.Dense(4)])(x))
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+def test_sequential_in_a_module(layers):
+    ours, theirs = (
+        Parent(kind, layers()).init_with_output(rngs("params"), values(5, 4))
+        for kind in (Sequential, nn.Sequential)
+    )
+    assert_same(ours, theirs)
+
+
+def test_sequential_names():
+    layers = [nn.Dense(4), nn.relu, nn.Dense(4, name="head"), [nn.Dense(2)]]
+    layers[3] = Sequential(layers[3])
+    variables = Sequential(layers).init(rngs("params"), values(1, 4))
+    assert paths(variables) == {
+        f"params/{name}/{leaf}"
+        for name in ("layers_0", "head", "layers_3/layers_0")
+        for leaf in ("kernel", "bias")
+    }
+
+
+def test_sequential_with_several_inputs():
+    ours = Sequential([Add(), nn.relu])
+    x = values(2, 4), values(2, 4, seed=1)
+    assert_same(
+        ours.init_with_output(rngs("params"), *x, deterministic=True),
+        nn.Sequential([Add(), nn.relu]).init_with_output(rngs("params"), *x),
+    )
+
+
+def test_sequential_dropout_is_flax_dropout():
+    def layers(kind, **fixed):
+        return [
+            nn.Dense(8),
+            nn.relu,
+            kind(0.5, **fixed),
+            nn.Dense(3),
+            kind(0.1, **fixed),
+        ]
+
+    x = values(5, 8)
+    theirs = nn.Sequential(layers(nn.Dropout, deterministic=False))
+    theirs = theirs.init_with_output(rngs(), x)
+    for kind in (Dropout, nn.Dropout):
+        ours = Sequential(layers(kind))
+        assert_same(ours.init_with_output(rngs(), x, deterministic=False), theirs)
+        nested = Sequential([ours])
+        for deterministic in (False, True):
+            flat, deep = (
+                module.init_with_output(rngs(), x, deterministic=deterministic)[1]
+                for module in (ours, nested)
+            )
+            assert_same(deep["params"]["layers_0"].keys(), flat["params"].keys())
+        with pytest.raises(ValueError, match="deterministic"):
+            ours.init(rngs(), x)
+
+
+SEEN: list[dict[str, Any]] = []
+
+
+class Flagged(nn.Module):
+    """Takes every flag; may have some of them fixed."""
+
+    deterministic: bool | None = None
+    train: bool | None = None
+
+    def __call__(
+        self, x, train="-", *, deterministic="-", training="-", use_running_average="-"
+    ):
+        SEEN.append(
+            {
+                "deterministic": deterministic,
+                "train": train,
+                "training": training,
+                "use_running_average": use_running_average,
+            }
+        )
+        return x
+
+
+class Catching(nn.Module):
+    def __call__(self, x, **flags):
+        SEEN.append(flags)
+        return x
+
+
+def flagged(x, train="-"):
+    SEEN.append({"train": train})
+    return x
+
+
+@pytest.fixture
+def seen():
+    SEEN.clear()
+    return SEEN
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_sequential_hands_out_flags(seen, deterministic):
+    d, t = deterministic, not deterministic
+    every = {
+        "deterministic": d,
+        "train": t,
+        "training": t,
+        "use_running_average": d,
+    }
+    cases = {
+        Flagged(): every,
+        Flagged(deterministic=False): {**every, "deterministic": "-"},
+        Flagged(train=True): {**every, "train": "-"},
+        nn.remat(Flagged)(): None,
+        Catching(): {},
+        flagged: {"train": t},
+        functools.partial(flagged): {"train": t},
+        functools.partial(flagged, train="kept"): {"train": "kept"},
+        jax.jit(flagged, static_argnames="train"): {"train": t},
+    }
+    for layer, expected in cases.items():
+        if expected is not None:
+            seen.clear()
+            Sequential([layer]).apply({}, values(1), deterministic=deterministic)
+            assert seen == [expected]
+
+
+def test_sequential_without_a_flag(seen):
+    Sequential([Flagged(), flagged]).apply({}, values(1))
+    assert [set(flags.values()) for flags in seen] == [{"-"}, {"-"}]
+
+
+def test_sequential_traced_flag(seen):
+    @jax.jit
+    def run(flag):
+        layers = [Noise(0.5), Flagged(), lambda x, train: jnp.where(train, x, -x)]
+        model = Sequential(layers)
+        return model.apply({}, values(3), deterministic=flag, rngs=rngs("noise"))
+
+    noisy = Noise(0.5).apply({}, values(3), rngs={"noise": jax.random.key(3)})
+    assert_same(run(True), -values(3))
+    assert not np.array_equal(run(False), values(3))
+    assert noisy.shape == (3,)
+    assert {type(flag) for flags in seen for flag in flags.values()} != {bool}
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("fixed", [None, False, True])
+def test_sequential_batch_norm(deterministic, fixed):
+    x = values(6, 4)
+    average = deterministic if fixed is None else fixed
+    ours = Sequential([nn.BatchNorm(use_running_average=fixed), nn.Dense(2)])
+    theirs = nn.Sequential([nn.BatchNorm(use_running_average=average), nn.Dense(2)])
+    variables = ours.init(rngs("params"), x, deterministic=deterministic)
+    assert_same(variables, theirs.init(rngs("params"), x))
+    assert_same(
+        ours.apply(variables, x, deterministic=deterministic, mutable=["batch_stats"]),
+        theirs.apply(variables, x, mutable=["batch_stats"]),
+    )
+
+
+def test_sequential_attention():
+    x, attention = values(2, 3, 8), functools.partial(nn.SelfAttention, num_heads=2)
+    ours = Sequential([attention(dropout_rate=0.5)])
+    for deterministic in (False, True):
+        fixed = attention(dropout_rate=0.5, deterministic=deterministic)
+        assert_same(
+            ours.init_with_output(rngs(), x, deterministic=deterministic),
+            nn.Sequential([fixed]).init_with_output(rngs(), x),
+        )
+
+
+@pytest.mark.parametrize("layers", [nn.relu, None, 3])
+def test_sequential_refuses_what_is_no_list(layers):
+    with pytest.raises(ValueError, match="layers: not a list"):
+        Sequential(layers)
+
+
+def test_sequential_refuses_no_layers():
+    with pytest.raises(ValueError, match="layers: nothing to call"):
+        Sequential([]).apply({}, values(1))
+
+
+# --- MLP, CNN, ResidualMLPBlock against the same by hand
+
+
+class HandMLP(nn.Module):
+    rate: Any
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        x = x.reshape((x.shape[0], -1))
+        x = nn.Dense(16, dtype=self.dtype)(x)
+        x = nn.relu(x)
+        x = nn.Dropout(self.rate, deterministic=deterministic)(x)
+        x = nn.Dense(8, dtype=self.dtype)(x)
+        x = nn.relu(x)
+        x = nn.Dropout(self.rate, deterministic=deterministic)(x)
+        return nn.Dense(3, dtype=self.dtype)(x)
+
+
+class HandCNN(nn.Module):
+    rate: Any
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        if x.ndim == 3:
+            x = jnp.expand_dims(x, -1)
+        # nn.avg_pool divides by an int64.
+        with jax.numpy_dtype_promotion("standard"):
+            x = nn.relu(nn.Conv(4, (3, 3), dtype=self.dtype)(x))
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+            x = nn.relu(nn.Conv(6, (3, 3), dtype=self.dtype)(x))
+            x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = x.reshape((x.shape[0], -1))
+        x = nn.relu(nn.Dense(16, dtype=self.dtype)(x))
+        x = nn.Dropout(self.rate)(x, deterministic=deterministic)
+        return nn.Dense(3, dtype=self.dtype)(x)
+
+
+class HandBlock(nn.Module):
+    rate: Any
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(self, x, *, deterministic):
+        h = nn.Dense(features=x.shape[-1], dtype=self.dtype)(x)
+        h = nn.relu(h)
+        h = nn.Dropout(self.rate)(h, deterministic=deterministic)
+        return x + h
+
+
+PAIRS = {
+    "mlp": (lambda **kw: MLP((16, 8), 3, **kw), HandMLP, (6, 4, 5)),
+    "cnn": (lambda **kw: CNN(3, (4, 6), (16,), **kw), HandCNN, (4, 8, 8)),
+    "cnn rgb": (lambda **kw: CNN(3, (4, 6), (16,), **kw), HandCNN, (4, 8, 9, 3)),
+    "block": (ResidualMLPBlock, HandBlock, (6, 5, 8)),
+    "block width": (functools.partial(ResidualMLPBlock, 8), HandBlock, (6, 8)),
+}
+pairs = pytest.mark.parametrize(("ours", "hand", "shape"), PAIRS.values(), ids=PAIRS)
+
+
+def value_and_grad(module, x, params):
+    """Output and parameter gradients of a train step."""
+
+    def loss(params, x):
+        y = module.apply(params, x, deterministic=False, rngs=rngs("dropout"))
+        return jnp.sin(y.astype(jnp.float32)).sum(), y
+
+    (_, y), grad = jax.value_and_grad(loss, has_aux=True)(params, x)
+    return y, grad
+
+
+@pairs
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_model_by_hand(ours, hand, shape, dtype):
+    ours, hand = ours(dropout_rate=0.3, dtype=dtype), hand(0.3, dtype=dtype)
+    x = values(*shape, dtype=dtype)
+    for deterministic in (False, True):
+        got, expected = (
+            module.init_with_output(rngs(), x, deterministic=deterministic)
+            for module in (ours, hand)
+        )
+        assert_same(got, expected)
+        assert got[0].dtype == dtype
+    params = got[1]
+    got, expected = (
+        jax.jit(functools.partial(value_and_grad, module))(x, params)
+        for module in (ours, hand)
+    )
+    assert_same(got, expected)
+
+
+@pairs
+def test_model_traced_rate(ours, hand, shape):
+    @jax.jit
+    def run(rate, x, params):
+        return value_and_grad(ours(dropout_rate=rate), x, params)
+
+    x = values(*shape)
+    params = hand(0.5).init(rngs("params"), x, deterministic=True)
+    for rate in (0.0, 0.3, 1.0):
+        by_hand = jax.jit(functools.partial(value_and_grad, hand(rate)))
+        assert_same(run(rate, x, params), by_hand(x, params))
+
+
+@pairs
+def test_model_lanes_of_traced_rates(ours, hand, shape):
+    def run(rate, x, params):
+        return value_and_grad(ours(dropout_rate=rate), x, params)
+
+    if "cnn" in str(hand).lower():
+        pytest.skip("convolutions round otherwise in a loop")
+    x, rates = values(*shape), jnp.array([0.0, 0.1, 0.6, 0.9])
+    params = hand(0.5).init(rngs("params"), x, deterministic=True)
+    lanes = jax.jit(lambda *args: lax.map(lambda rate: run(rate, *args), rates))
+    lanes = lanes(x, params)
+    for i, rate in enumerate(rates):
+        alone = jax.jit(run)(rate, x, params)
+        assert_same(jax.tree.map(lambda lane, i=i: lane[i], lanes), alone)
+
+
+@pairs
+def test_model_draws_whatever_the_rate(ours, hand, shape):
+    x = values(*shape)
+    params = hand(0.5).init(rngs("params"), x, deterministic=True)
+
+    def found(module):
+        return draws(functools.partial(value_and_grad, module), x, params)
+
+    assert found(ours()) == found(ours(dropout_rate=0.9)) == found(hand(0.5))
+
+
+def test_model_features_from_lists():
+    x = values(2, 8, 8)
+    for listed, tupled in (
+        (MLP([4, 5], 3), MLP((4, 5), 3)),
+        (CNN(3, [4], [5, 6]), CNN(3, (4,), (5, 6))),
+        (MLP([], 3), nn.Sequential([lambda x: nn.Dense(3)(x.reshape(2, -1))])),
+    ):
+        ours = listed.init(rngs(), x)
+        if isinstance(tupled, nn.Sequential):
+            assert paths(ours) == {"params/Dense_0/kernel", "params/Dense_0/bias"}
+        else:
+            assert_same(ours, tupled.init(rngs(), x))
+
+
+def test_model_options():
+    options = {
+        "activation": jnp.tanh,
+        "kernel_init": nn.initializers.he_normal(),
+        "bias_init": nn.initializers.ones,
+    }
+    for make, shape in (
+        (functools.partial(MLP, (4,), 3), (2, 5)),
+        (functools.partial(CNN, 3, (2,), (4,)), (2, 8, 8)),
+        (ResidualMLPBlock, (2, 5)),
+    ):
+        x = values(*shape)
+        plain = make().init_with_output(rngs(), x, deterministic=True)
+        y, variables = make(**options).init_with_output(rngs(), x, deterministic=True)
+        assert paths(variables) == paths(plain[1])
+        for path, leaf in traverse_util.flatten_dict(variables, sep="/").items():
+            if path.endswith("bias"):
+                assert (leaf == 1).all()
+            else:
+                default = traverse_util.flatten_dict(plain[1], sep="/")[path]
+                np.testing.assert_allclose(leaf, default * math.sqrt(2), rtol=1e-5)
+        relu = make(**{**options, "activation": nn.relu})
+        assert not np.array_equal(y, relu.apply(variables, x, deterministic=True))
+
+
+def test_cnn_default_is_the_mnist_network():
+    shapes = jax.eval_shape(
+        lambda: CNN(10).init(rngs(), jnp.zeros((2, 28, 28)), deterministic=True)
+    )
+    shapes = traverse_util.flatten_dict(shapes["params"], sep="/")
+    assert {path: leaf.shape for path, leaf in shapes.items() if "kernel" in path} == {
+        "Conv_0/kernel": (3, 3, 1, 32),
+        "Conv_1/kernel": (3, 3, 32, 64),
+        "Dense_0/kernel": (7 * 7 * 64, 256),
+        "Dense_1/kernel": (256, 10),
+    }
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (1, 2, 8, 8, 1)])
+def test_cnn_refuses_what_is_no_image(shape):
+    with pytest.raises(ValueError, match="x: not a batch of images"):
+        CNN(3).init(rngs(), values(*shape))
+
+
+@pytest.mark.parametrize("features", [1, 7])
+def test_block_refuses_another_width(features):
+    with pytest.raises(ValueError, match="features: not the input's width"):
+        ResidualMLPBlock(features).init(rngs(), values(2, 8))
+
+
+def test_block_is_the_guides_block():
+    class Guide(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            h = nn.Dense(features=2)(x)
+            h = nn.relu(h)
+            return x + h
+
+    x = values(4, 2)
+    ours = ResidualMLPBlock().init_with_output(rngs(), x)
+    assert_same(ours, Guide().init_with_output(rngs("params"), x))
+
+
+# --- Noise
+
+
+class HandNoise(nn.Module):
+    scale: Any
+
+    @nn.compact
+    def __call__(self, x):
+        key = self.make_rng("noise")
+        return x + self.scale * jax.random.normal(key, x.shape, x.dtype)
+
+
+def add_noise(scale, x, **flags):
+    return Noise(scale).apply({}, x, rngs=rngs("noise"), **flags)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scale", [0.0, 0.1, 2.0])
+def test_noise_by_hand(scale, dtype):
+    def hand(x):
+        return HandNoise(scale).apply({}, x, rngs=rngs("noise"))
+
+    x = values(20, 30, dtype=dtype)
+    assert_same(add_noise(scale, x), hand(x))
+    assert_same(add_noise(jnp.float32(scale), x), hand(x))
+    jitted = jax.jit(hand)(x)
+    assert_same(jax.jit(functools.partial(add_noise, scale))(x), jitted)
+    assert_same(jax.jit(add_noise)(scale, x), jitted)
+    assert_same(jax.jit(add_noise)(jnp.float32(scale), x), jitted)
+
+
+@pytest.mark.parametrize("wrap", [bool, jnp.bool_], ids=["python", "traced"])
+def test_noise_switch(wrap):
+    x = values(20)
+    assert_same(add_noise(0.5, x, deterministic=wrap(True)), x)
+    assert_same(add_noise(0.5, x, deterministic=wrap(False)), add_noise(0.5, x))
+    run = jax.jit(lambda flag: add_noise(0.5, x, deterministic=flag))
+    assert_same(run(wrap(True)), x)
+    assert not np.array_equal(run(wrap(False)), x)
+
+
+def test_noise_draws_whatever_flag_and_scale():
+    x = values(20)
+    reference = draws(lambda x: HandNoise(0.5).apply({}, x, rngs=rngs("noise")), x)
+    assert reference
+    for deterministic in (False, True, jnp.bool_(True)):
+        for scale in (0.0, 0.5, jnp.float32(0.5)):
+            ours = functools.partial(add_noise, deterministic=deterministic)
+            assert draws(functools.partial(ours, scale), x) == reference
+
+
+def test_noise_stream():
+    x = values(20)
+    key = jax.random.key(3)
+    assert_same(
+        Noise(0.5, stream="dropout").apply({}, x, rngs={"dropout": key}),
+        Noise(0.5).apply({}, x, rngs={"noise": key}),
+    )
+    with pytest.raises(errors.InvalidRngError, match="noise"):
+        Noise(0.5).apply({}, x, rngs=rngs("dropout"))
+
+
+# --- Variable
+
+
+class HandVariable(nn.Module):
+    @nn.compact
+    def __call__(self):
+        def init():
+            return jax.random.normal(self.make_rng("noise"), (2, 3))
+
+        return self.variable("stats", "value", init).value
+
+
+class Holder(nn.Module):
+    kind: Any
+
+    @nn.compact
+    def __call__(self):
+        return self.kind(name="a")(), self.kind(name="b")()
+
+
+def test_variable_by_hand():
+    ours = functools.partial(Variable, (2, 3), "stats", jax.random.normal, "noise")
+    got, expected = (
+        Holder(kind).init_with_output(rngs()) for kind in (ours, HandVariable)
+    )
+    assert_same(got, expected)
+    assert paths(got[1]) == {"stats/a/value", "stats/b/value"}
+    assert_same(got[0], (got[1]["stats"]["a"]["value"], got[1]["stats"]["b"]["value"]))
+
+
+def test_variable_as_a_parameter():
+    class Parameter(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return self.param("value", nn.initializers.normal(), (2, 3))
+
+    ours = Variable((2, 3), "params", nn.initializers.normal())
+    assert_same(
+        ours.init_with_output(rngs("params")),
+        Parameter().init_with_output(rngs("params")),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_variable_is_added(dtype):
+    variable = Variable([3], "buffers", nn.initializers.ones, "noise")
+    x = values(2, 3, dtype=dtype)
+    y, variables = variable.init_with_output(rngs("noise"), x)
+    assert_same(y, x + 1)
+    assert_same(variables, {"buffers": {"value": jnp.ones(3)}})
+    assert_same(variable.apply(variables, x), y)
+
+
+def test_variable_draws_where_it_is_made_alone():
+    variable = Variable((3,), "buffers", jax.random.normal)
+    assert draws(lambda: variable.init(rngs("params")))
+    variables = variable.init(rngs("params"))
+    assert not draws(lambda v: variable.apply(v, rngs=rngs("params")), variables)
+    with pytest.raises(errors.ScopeCollectionNotFound):
+        variable.apply({}, rngs=rngs("params"))
+
+
+def test_variable_in_a_sequential():
+    make = functools.partial(Variable, (4,), "buffers", nn.initializers.ones)
+    model = Sequential([nn.Dense(4), make(name="offset"), make()])
+    y, variables = model.init_with_output(rngs("params"), values(2, 4))
+    assert paths(variables) >= {"buffers/offset/value", "buffers/layers_2/value"}
+    assert_same(
+        y,
+        nn.Dense(4).apply({"params": variables["params"]["layers_0"]}, values(2, 4))
+        + 1
+        + 1,
+    )
+
+
+# --- The package
+
+
+def test_exports():
+    assert models.__all__ == sorted(
+        models.__all__, key=lambda name: (not name.isupper(), name)
+    )
+    for name in models.__all__:
+        assert getattr(models, name).__module__.startswith("runner.models.")
+
+
+def test_modules_take_a_traced_rate_with_nothing_else_compiled():
+    traces = []
+
+    @jax.jit
+    def run(rate, x):
+        traces.append(rate)
+        layers = [MLP((4,), 3, rate), ResidualMLPBlock(None, rate), Dropout(rate)]
+        model = Sequential([*layers, Noise(rate)])
+        return model.init_with_output(rngs(), x, deterministic=False)[0]
+
+    for rate in RATES:
+        assert np.isfinite(run(rate, values(2, 3))).all()
+    assert len(traces) == 1
