@@ -99,5 +99,5 @@ class CNN(nn.Module):
 
 def _avg_pool(x: Float[Array, "batch h w c"]) -> Float[Array, "batch h/2 w/2 c"]:
     # `nn.avg_pool` divides by a NumPy int64, which strict promotion refuses.
-    total = nn.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID")
+    total: Array = nn.pool(x, 0.0, lax.add, (2, 2), (2, 2), "VALID")
     return total / 4

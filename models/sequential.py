@@ -4,7 +4,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -18,11 +18,11 @@ class Sequential(nn.Module):
 
     y = layers[-1](... layers[1](layers[0](x)))
 
-    Paths, keys and bits are those of `flax.linen.Sequential`: a layer without a
-    `name` is called `layers_<i>`, one that has a name keeps it; a tuple that a
-    layer returns becomes the next layer's positional arguments, a dict its
-    keyword arguments. In addition, each layer gets those of the flags that its
-    signature names:
+    Paths, keys and bits are those of `flax.linen.Sequential`, a layer without a
+    `name` being called `layers_<i>`; but one that has a name keeps it, as under
+    `flax_preserve_adopted_names`, which Flax has off. A tuple that a layer returns
+    becomes the next layer's positional arguments, a dict its keyword arguments. In
+    addition, each layer gets those of the flags that its signature names:
 
     - `deterministic`, and `use_running_average` (BatchNorm): the flag as given;
     - `train` and `training`: its negation.
@@ -35,6 +35,8 @@ class Sequential(nn.Module):
     """
 
     layers: Sequence[Callable[..., Any]]
+
+    preserve_adopted_names: ClassVar[bool] = True  # read by Flax
 
     def __post_init__(self) -> None:
         if not isinstance(self.layers, Sequence):

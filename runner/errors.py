@@ -17,8 +17,8 @@ from typing import Any
 __all__ = [
     "ConfigError",
     "DataError",
-    "Interrupted",
     "RecordError",
+    "RunFailedError",
     "RunnerError",
     "TargetError",
     "UnknownStreamError",
@@ -27,7 +27,9 @@ __all__ = [
 
 
 class RunnerError(Exception):
-    """A mistake that its user can mend: one line, no traceback, exit code 2."""
+    """A mistake that its user can mend: one line, no traceback."""
+
+    exit_code = 2
 
 
 class ConfigError(RunnerError):
@@ -76,8 +78,10 @@ class RecordError(RunnerError):
     """A run directory that can't be claimed, written or read."""
 
 
-class Interrupted(Exception):  # noqa: N818 - not an error: the user's own wish
-    """The run was asked to stop and has saved its state; exit code 130."""
+class RunFailedError(RunnerError):
+    """A run that stopped before its end; its record says where and why."""
+
+    exit_code = 1
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

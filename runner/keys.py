@@ -54,14 +54,14 @@ class Op:
         op: `seed`: key(value). `fold_in`: fold_in(key, value). `split`:
             split(key, of)[index]. `carry`: `value` times split(key)[1], then
             split(key)[0].
-        value: A number, or the coordinate that gives it.
+        value: A number (it may be traced), or the coordinate that gives it.
         index: Child that a `split` takes: a number, or the axis that gives it.
         of: Number of children of a `split`.
         why: What the op stands for, in words.
     """
 
     op: Literal["seed", "fold_in", "split", "carry"]
-    value: int | Coordinate = 0
+    value: Any = 0
     index: int | str = 0
     of: int = 0
     why: str = ""
@@ -261,7 +261,7 @@ def make_rngs(
     def rngs(
         keys: Mapping[str, Any], carried: Mapping[str, Any], step: Any, microbatch: Any
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        at = {
+        at: dict[str, Any] = {
             Coordinate.STEP: step,
             Coordinate.EPOCH: step // steps_per_epoch,
             Coordinate.MICROBATCH: microbatch,
@@ -281,7 +281,7 @@ def make_rngs(
 
 def split_carry(key: Key[Array, ""]) -> tuple[Key[Array, ""], Key[Array, ""]]:
     """This step's key and the one to carry on: `key, next = split(key)`."""
-    pair = jax.random.split(key)
+    pair: Any = jax.random.split(key)
     return pair[0], pair[1]
 
 
@@ -309,7 +309,7 @@ def host_generator(stream: Stream, *, epoch: int = 0) -> np.random.Generator:
 
     A stream that is not `per: [epoch]` has (id(name),) as its spawn key.
     """
-    spawn_key = [epoch if word == "epoch" else word for word in host_words(stream)]
+    spawn_key = [epoch if isinstance(w, str) else w for w in host_words(stream)]
     sequence = np.random.SeedSequence(stream.seed, spawn_key=spawn_key)
     return np.random.Generator(np.random.Philox(sequence))
 

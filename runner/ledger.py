@@ -7,15 +7,23 @@ read long after, without the program: `runner.keys.derive_key` is all it needs.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.audit import Draw
-from runner.keys import Op, bind_ops, derive_key, host_words, key_words
+from runner.keys import Op, bind_ops, derive_key, host_words, key_words, rng_flags
 from runner.program import Program
+from runner.records.events import StreamRow
 from runner.spec import Coordinate, Phase, RngSpec, StreamKind
 
-__all__ = ["expand", "make_ledger", "rng_of"]
+__all__ = [
+    "expand",
+    "first_step",
+    "make_ledger",
+    "rng_of",
+    "spell_derivation",
+    "stream_rows",
+]
 
 SCHEMA = 1
 
@@ -61,7 +69,8 @@ def _stream_row(program: Program, name: str) -> dict[str, Any]:
     }
     if stream.spec.kind is StreamKind.HOST:
         return {**row, "bit_generator": "Philox", "spawn_key": host_words(stream)}
-    base = derive_key(stream.base, impl=program.plan.impl)
+    with rng_flags(program.spec.rng):
+        base = derive_key(stream.base, impl=program.plan.impl)
     ops = [_op_row(op) for op in stream.base]
     return {**row, "derivation": ops, "key": key_words(base)}
 
@@ -122,6 +131,62 @@ def _read_op(row: Mapping[str, Any]) -> Op:
     return Op(row["op"], value, row.get("index", 0), row.get("of", 0), why)
 
 
+def stream_rows(ledger: Mapping[str, Any]) -> tuple[StreamRow, ...]:
+    """A ledger's streams, as a table shows them."""
+    rows = []
+    for stream in ledger["streams"]:
+        name, drawn = stream["name"], ledger["draws"]
+        if stream["kind"] == StreamKind.HOST:
+            spawn_key = ", ".join(map(str, stream["spawn_key"]))
+            derivation = "Philox(SeedSequence)"
+            key = f"{stream['seed']}, ({spawn_key})"
+        else:
+            derivation = spell_derivation(stream["derivation"])
+            key = " ".join(f"{word:08x}" for word in stream["key"])
+        rows.append(
+            StreamRow(
+                name=name,
+                kind=stream["kind"],
+                derivation=derivation,
+                key=key,
+                phases=", ".join(stream["phases"]),
+                per=", ".join(_spell_rule(*item) for item in stream["per"].items()),
+                draws=tuple(
+                    f"{d['phase']} {'/'.join(d['path']) or '(root)'}"
+                    for d in drawn
+                    if d["stream"] == name
+                ),
+            )
+        )
+    return tuple(rows)
+
+
+def spell_derivation(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A derivation as one expression, with the names of open coordinates."""
+    text = ""
+    for row in rows:
+        value = row.get("value", row.get("coordinate"))
+        if row["op"] == "seed":
+            text = f"key({value})"
+        elif row["op"] == "split":
+            text = f"split({text}, {row['of']})[{row['index']}]"
+        else:
+            text = f"{row['op']}({text}, {value})"
+    return text
+
+
+def first_step(ledger: Mapping[str, Any], draw: Mapping[str, Any]) -> int:
+    """The first step at which an entry of the ledger is drawn from."""
+    sizes = ledger["sizes"]
+    if draw["phase"] != Phase.EVAL:
+        return 0
+    return int(min(sizes["eval_every"] or sizes["steps"], sizes["steps"]))
+
+
+def _spell_rule(coordinate: str, rule: str) -> str:
+    return coordinate if rule == "fold_in" else f"{coordinate} ({rule})"
+
+
 def rng_of(ledger: Mapping[str, Any]) -> RngSpec:
     """The generator flags under which a ledger's keys were derived."""
     return RngSpec(**ledger["rng"])
@@ -151,7 +216,7 @@ def expand(
         return
     ops = tuple(_read_op(row) for row in draw["derivation"])
     epoch = step // ledger["sizes"]["steps_per_epoch"]
-    fixed = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
+    fixed: dict[str, int] = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
     if Coordinate.MICROBATCH in [op.coordinate for op in ops]:
         name = "microbatches" if phase == Phase.TRAIN else "eval_batches"
         axes = {str(Coordinate.MICROBATCH): ledger["sizes"][name], **axes}

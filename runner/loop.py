@@ -22,11 +22,12 @@ __all__ = ["Outcome", "Snapshot", "train"]
 
 _SECONDS_PER_CALL = 0.2
 _FIRST_STEPS = 8
+_STOPPED = "stopped by the user"
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state before step `step`; to be copied before the next record is asked for."""
+    """The state before step `step`; copy it before the next record is asked for."""
 
     step: int
     state: State
@@ -86,7 +87,7 @@ class _Loop:
                 yield from self._fetch(leave=0)
                 yield Snapshot(step, state)
             if self.stop():
-                self.reason = self.reason or "stopped by the user"
+                self.reason = self.reason or _STOPPED
                 break
         yield from self._fetch(leave=0)
         yield self._outcome(state, step, time.perf_counter() - begun)
@@ -156,7 +157,7 @@ class _Loop:
     def _outcome(self, state: State, step: int, seconds: float) -> Outcome:
         if self.failed is not None:
             status, step = "failed", self.failed
-        elif self.reason == "stopped by the user":
+        elif self.reason == _STOPPED:
             status = "interrupted"
         else:
             status = "completed"

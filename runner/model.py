@@ -117,7 +117,7 @@ def trace_model(
                 allowed=f"It was called with x of shape {x.shape}",
                 fix="HYDRA_FULL_ERROR=1 shows where",
             ) from error
-        if fallback == "error" or Phase.INIT not in phases_of(plan, "params"):
+        if fallback == "error" or Phase.INIT not in _phases_of(plan, "params"):
             _refuse(found.missing, plan, phase)
         return found
 
@@ -136,7 +136,7 @@ def trace_model(
     }
 
 
-def phases_of(plan: KeyPlan, name: str) -> tuple[Phase, ...]:
+def _phases_of(plan: KeyPlan, name: str) -> tuple[Phase, ...]:
     """The phases of a stream; none when it is not declared."""
     return plan.streams[name].spec.phases if name in plan.streams else ()
 
@@ -150,7 +150,7 @@ def _refuse(missing: tuple[Missing, ...], plan: KeyPlan, phase: Phase) -> None:
         raise ConfigError(
             f"rng.streams.{name}.phases",
             f"must include {phase}",
-            got=[str(p) for p in phases_of(plan, name)],
+            got=[str(p) for p in _phases_of(plan, name)],
             allowed=where,
             fix=f"Set rng.streams.{name}.phases to a list with {phase} in it",
         )
@@ -164,7 +164,7 @@ def _refuse(missing: tuple[Missing, ...], plan: KeyPlan, phase: Phase) -> None:
     )
 
 
-def _flags(module: nn.Module, *, train: bool) -> dict[str, bool]:
+def _flags(module: nn.Module, *, train: bool) -> dict[str, Any]:
     """Whichever of Flax's words for the mode the module's `__call__` takes."""
     words = {"deterministic": not train, "train": train, "training": train}
     taken = inspect.signature(type(module).__call__).parameters

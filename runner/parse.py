@@ -41,7 +41,7 @@ class Frozen(Mapping[Any, V]):
     __slots__ = ("_data", "_hash")
 
     def __init__(self, data: Mapping[Any, V] | None = None) -> None:
-        self._data = dict(data or {})
+        self._data: dict[Any, V] = dict(data or {})
         self._hash: int | None = None
 
     def __getitem__(self, key: Any) -> V:

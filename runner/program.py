@@ -109,6 +109,7 @@ class Program:
     def initial(self) -> State:
         """Shapes and dtypes of the state."""
         with rng_flags(self.spec.rng):
+            state: State
             state, _ = jax.eval_shape(
                 make_setup(self), self.seeds, hyper_shapes(self.hypers)
             )
@@ -170,7 +171,9 @@ class Program:
         """
         step = make_eval_step(_make_parts(self, Phase.EVAL))
 
-        def call(sums: Any, state: Any, at: Any, data: Batch, keys: Any, hypers: Any):
+        def call(
+            sums: Any, state: Any, at: Any, data: Batch, keys: Any, hypers: Any
+        ) -> Any:
             batch = take_rows(data, at["rows"])
             more = step(state, batch, at["weights"], keys, hypers, at["part"])
             return jax.tree.map(jnp.add, sums, more)
@@ -224,7 +227,7 @@ def _make_parts(program: Program, phase: Phase) -> Parts:
         ),
         microbatches=spec.train.accumulation_steps,
         unroll=program.construct is Construct.STEP,
-        compute_dtype=jnp.dtype(spec.train.compute_dtype),
+        compute_dtype=spec.train.compute_dtype,
         max_norm=spec.train.max_norm is not None,
     )
 

@@ -38,10 +38,10 @@ class State(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Rows to learn from."""
+    """Rows to learn from: inputs `x` and targets `y`, arrays or their shapes."""
 
-    x: Array
-    y: Array
+    x: Any
+    y: Any
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Parts:
     rngs: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
     microbatches: int = 1
     unroll: bool = False
-    compute_dtype: jnp.dtype[Any] = jnp.dtype("float32")
+    compute_dtype: str = "float32"
     max_norm: bool = False
 
 
@@ -78,7 +78,9 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
     was, and `failed` names the step.
     """
 
-    def loss_fn(params: Any, collections: Any, batch: Batch, rngs: Any, hypers: Any):
+    def loss_fn(
+        params: Any, collections: Any, batch: Batch, rngs: Any, hypers: Any
+    ) -> Any:
         variables = {"params": _cast(params, parts.compute_dtype), **collections}
         x = _cast(batch.x, parts.compute_dtype)
         outputs, after = parts.apply(variables, x, rngs, hypers, train=True)
@@ -89,7 +91,7 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
-    def gradients(state: State, batch: Batch, keys: Any, hypers: Any):
+    def gradients(state: State, batch: Batch, keys: Any, hypers: Any) -> Any:
         n = parts.microbatches
         if n == 1:
             rngs, carried = parts.rngs(keys, state.carried, state.step, None)
@@ -97,7 +99,7 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
             grads, (collections, metrics) = grad_fn(*args)
             return grads, collections, metrics, carried
 
-        def one(carry: Any, part: Any):
+        def one(carry: Any, part: Any) -> Any:
             total, collections = carry
             at, rows = part
             rngs, carried = parts.rngs(keys, state.carried, state.step, at)
@@ -118,7 +120,9 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
         metrics = jax.tree.map(jnp.mean, metrics)
         return grads, collections, metrics, jax.tree.map(lambda k: k[0], carried)
 
-    def train_step(state: State, batch: Batch, keys: Any, hypers: Any):
+    def train_step(
+        state: State, batch: Batch, keys: Any, hypers: Any
+    ) -> tuple[State, Metrics]:
         grads, collections, metrics, carried = gradients(state, batch, keys, hypers)
         optimizer = parts.optimizer(hypers)
         updates, opt_state = optimizer.update(

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from runner.data import BatchOrder, Dataset, load_data
@@ -63,9 +64,9 @@ def test_a_data_set_is_a_function_of_file_spec_and_generator() -> None:
 
 def test_permutations_stay_as_they_are() -> None:
     # NumPy may change them (NEP 19). Then old runs do not replay: say so, loudly.
-    assert generator(1).permutation(10).tolist() == []
+    assert generator(1).permutation(10).tolist() == [8, 0, 5, 7, 4, 6, 9, 2, 1, 3]
     order = epoch_order(generator(1), rows=60_000)
-    assert hashlib.sha256(order.astype("<i4")).hexdigest()[:16] == ""
+    assert hashlib.sha256(order.astype("<i4")).hexdigest()[:16] == "e2f29a5c057b61d9"
 
 
 def test_test_rows_are_the_last_of_one_permutation_in_the_order_of_the_file(
@@ -102,20 +103,22 @@ def test_a_source_without_test_rows_needs_a_generator() -> None:
 
 
 def test_the_digest_sees_dtype_shape_bytes_and_place() -> None:
-    a, b = np.zeros((2, 3), np.float32), np.zeros((2, 2), np.float32)
-    y = np.zeros(2, np.int32)
+    x, y = np.zeros((2, 6), np.float32), np.zeros(2, np.int32)
+    folded, real = x.reshape(2, 2, 3), y.view(np.float32)
     sets = [
-        Dataset(a, y, a, y, 1),
-        Dataset(b, y, a, y, 1),
-        Dataset(a, y, b, y, 1),
-        Dataset(a.reshape(3, 2), y, a, y, 1),
-        Dataset(a, y.astype(np.float32), a, y, 1),
-        Dataset(a, y + 1, a, y, 1),
+        Dataset(x, y, x, y, 1),
+        Dataset(folded, y, folded, y, 1),
+        Dataset(x, real, x, real, None),
+        Dataset(x + 1, y, x, y, 1),
+        Dataset(x, y + 1, x, y, 1),
+        Dataset(x, y, x + 1, y, 1),
+        Dataset(x, y, x, y + 1, 1),
     ]
-    assert len({data.digest() for data in sets}) == len(sets)
-    fortran = Dataset(np.asfortranarray(a), y, a, y, 1)
-    assert fortran.digest() == sets[0].digest()
-    assert len(fortran.digest()) == 64
+    digests = [data.digest() for data in sets]
+    assert len(set(digests)) == len(sets)
+    assert {len(digest) for digest in digests} == {64}
+    fortran = np.asfortranarray(x)
+    assert Dataset(fortran, y, fortran, y, 1).digest() == digests[0]
 
 
 def test_digits_load_without_jax_and_scikit_learn() -> None:
@@ -349,8 +352,8 @@ IMAGES = STEMS["train-images-idx3-ubyte"]
     [
         (b"", "must start with two zero bytes, as idx (got '')"),
         (b"<html>", "must start with two zero bytes, as idx (got '3c 68 74 6d')"),
-        (b"\0\0\x0d" + IMAGES[3:], "must hold unsigned bytes, kind 0x08 (got '0d')"),
-        (b"\0\0\x08\x01" + IMAGES[4:], "must have 3 dimensions (got '01')"),
+        (b"\0\0\x0d" + IMAGES[3:], "must hold unsigned bytes, kind 0x08 (got '0x0d')"),
+        (b"\0\0\x08\x01" + IMAGES[4:], "must have 3 dimensions (got 1)"),
         (IMAGES[:10], "ends within its 16-byte header (got 10)"),
         (IMAGES[:-1], "ends before its 60 values (got 59)"),
         (IMAGES + b"!", "goes on after its 60 values (got 61)"),
@@ -363,6 +366,7 @@ IMAGES = STEMS["train-images-idx3-ubyte"]
         ),
         (gzip.compress(IMAGES)[:-4], "ends within gzip data"),
         (gzip.compress(IMAGES) + b"!", "holds damaged gzip data"),
+        (gzip.compress(IMAGES)[:10] + b"\xff" * 20, "holds damaged gzip data"),
         (gzip.compress(IMAGES)[:-8] + bytes(8), "holds damaged gzip data"),
     ],
 )
@@ -554,7 +558,7 @@ def table(file: Path, text: str | bytes, **fields: Any) -> CsvSpec:
     return CsvSpec(path=str(file), **({"target": "y"} | fields))
 
 
-SMALL = "a,y,b\n" + "".join(f"{i},{i % 3},{i * i / 4}\n" for i in range(8))
+SMALL = "y,a,b\n" + "".join(f"{i % 3},{i},{i * i / 4}\n" for i in range(8))
 
 
 def test_a_table(tmp_path: Path) -> None:
@@ -580,7 +584,7 @@ SAME: dict[str, Callable[[str], str | bytes]] = {
     "old mac": lambda text: text.replace("\n", "\r"),
     "blank lines": lambda text: text.replace("\n", "\n\n"),
     "no last newline": lambda text: "\n" + text.rstrip(),
-    "quotes": lambda text: text.replace("a,", '"a", '),
+    "quotes": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
     "byte order mark": lambda text: "\ufeff" + text,
     "gzip": lambda text: gzip.compress(text.encode()),
 }
@@ -641,7 +645,7 @@ def test_targets_of_a_table_by_how_they_are_written(
         ("y\n0\n1\n", "data.path: t.csv has no column besides the target (got 'y')"),
         (
             "a,why\n0,1\n",
-            "data.target: not a column of t.csv (got 'y'). Columns: a, why",
+            "data.target: not a column of t.csv (got 'y'). Columns: 'a', 'why'",
         ),
         ("a,y\n", "data.path: t.csv has no rows below its header"),
         ("a,y\n1,2\n\n1\n", "data.path: line 4 of t.csv must have 2 cells (got 1)"),
@@ -670,7 +674,7 @@ def test_tables_that_are_refused(
 def test_an_unknown_target_gets_the_nearest_and_a_short_list(tmp_path: Path) -> None:
     header = ",".join([*(f"c{i}" for i in range(100)), "price"])
     text = refusal(table(tmp_path / "t.csv", header + "\n", target="prize"))
-    assert "c18, c19, 81 more. Did you mean 'price'?" in text
+    assert "'c18', 'c19', 81 more. Did you mean 'price'?" in text
 
 
 # ---- any damage is told in one line
@@ -757,6 +761,7 @@ def orders(draw: st.DrawFn) -> BatchOrder:
     )
 
 
+@settings(deadline=None)
 @given(orders(), st.integers(0, 200), st.integers(1, 60))
 def test_indices_equal_a_plain_loop(
     order: BatchOrder, first_step: int, steps: int
@@ -767,6 +772,7 @@ def test_indices_equal_a_plain_loop(
     assert indices.tolist() == reference(order, first_step, steps)
 
 
+@settings(deadline=None)
 @given(orders(), st.integers(0, 10))
 def test_an_epoch_reads_no_row_twice(order: BatchOrder, epoch: int) -> None:
     n = order.steps_per_epoch
@@ -776,6 +782,7 @@ def test_an_epoch_reads_no_row_twice(order: BatchOrder, epoch: int) -> None:
     assert order.rows - len(rows) < order.batch_size
 
 
+@settings(deadline=None)
 @given(orders(), st.integers(0, 50), st.lists(st.integers(1, 20), min_size=1))
 def test_chunks_of_any_size_read_the_same_rows(
     order: BatchOrder, first_step: int, chunks: list[int]

@@ -10,20 +10,40 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from runner import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = ("PYTHONPATH", "JAX_NUM_CPU_DEVICES", "JAX_NUMPY_DTYPE_PROMOTION")
 DIST_INFO = f"jax_runner-{__version__}.dist-info"
 
 pytestmark = pytest.mark.xdist_group("wheel")
 
 
+USERS_NET = """
+import models
+from flax import linen as nn
+
+
+class Net(nn.Module):
+    features: tuple[int, ...]
+    num_outputs: int
+    dropout_rate: float
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        x = nn.Dense(models.WIDTH)(x.reshape(x.shape[0], -1))
+        x = nn.Dropout(self.dropout_rate)(x, deterministic=deterministic)
+        return nn.Dense(self.num_outputs)(x)
+"""
+
+
 def _run(*command: str | Path, cwd: Path) -> str:
-    """The stdout of a command that knows this checkout by no environment variable."""
-    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    """The stdout of a command that gets nothing of this checkout nor of conftest.py."""
+    env = {k: v for k, v in os.environ.items() if k not in OURS}
     done = subprocess.run(
         command, check=False, cwd=cwd, env=env, capture_output=True, text=True
     )
@@ -122,13 +142,29 @@ def test_installed_runner_finds_its_own_models(
     assert all(Path(p).is_relative_to(installed) for p in printed), printed
 
 
+def _train(python: Path, *overrides: str, cwd: Path) -> dict[str, Any]:
+    """The manifest of a short run of the main experiment."""
+    short = ("+experiment=dropout", "train.steps=20", "sinks.wandb.mode=disabled")
+    stdout = _run(python, "-m", "runner", *short, *overrides, cwd=cwd)
+    run = cwd / stdout.splitlines()[-1]
+    manifest: dict[str, Any] = json.loads((run / "run.json").read_text())
+    return manifest
+
+
 def test_installed_runner_trains(installed: Path, elsewhere: Path) -> None:
-    python = installed / "bin" / "python"
-    overrides = ("+experiment=dropout", "train.steps=20", "sinks.wandb.mode=disabled")
-    stdout = _run(python, "-m", "runner", *overrides, cwd=elsewhere)
-    run = elsewhere / stdout.splitlines()[-1]
-    manifest = json.loads((run / "run.json").read_text())
+    manifest = _train(installed / "bin" / "python", cwd=elsewhere)
     assert (manifest["status"], manifest["steps"]) == ("completed", 20)
+
+
+def test_trusted_package_gets_the_models_of_its_user(
+    installed: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("WIDTH = 3\n")
+    (tmp_path / "mylab.py").write_text(USERS_NET)
+    overrides = ("trusted=[mylab]", "model._target_=mylab.Net")
+    manifest = _train(installed / "bin" / "python", *overrides, cwd=tmp_path)
+    assert manifest["status"] == "completed"
 
 
 def test_installed_console_script_shows_the_config(

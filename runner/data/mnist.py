@@ -31,7 +31,6 @@ _FIX = (
     f"Put the four files of the MNIST database there, as published by LeCun et al.: "
     f"{', '.join(f'{stem}-{idx}' for stem, idx in _STEMS.items())}, with or without .gz"
 )
-_AGAIN = "Fetch the file again"
 _UNSIGNED_BYTE = 0x08
 _WHITE = np.float32(255)
 
@@ -100,15 +99,15 @@ def _read_part(
 def _read_idx(file: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
     data = read_bytes(file, path=_PATH)
     start = 4 + 4 * ndim
-    magic = bytes([0, 0, _UNSIGNED_BYTE, ndim])
-    if data[:2] != magic[:2]:
-        raise _damaged(file, "must start with two zero bytes, as idx", data[:4])
-    if data[2:3] != magic[2:3]:
-        raise _damaged(file, "must hold unsigned bytes, kind 0x08", data[2:3])
-    if data[3:4] != magic[3:4]:
-        raise _damaged(file, f"must have {ndim} dimensions", data[3:4])
+    if data[:2] != bytes(2):
+        start_bytes = data[:4].hex(" ")
+        raise _damaged(file, "must start with two zero bytes, as idx", start_bytes)
     if len(data) < start:
         raise _damaged(file, f"ends within its {start}-byte header", len(data))
+    if data[2] != _UNSIGNED_BYTE:
+        raise _damaged(file, "must hold unsigned bytes, kind 0x08", f"0x{data[2]:02x}")
+    if data[3] != ndim:
+        raise _damaged(file, f"must have {ndim} dimensions", data[3])
     shape = tuple(int(n) for n in np.frombuffer(data[4:start], dtype=">u4"))
     size = math.prod(shape)
     if size == 0:
@@ -121,6 +120,4 @@ def _read_idx(file: Path, *, ndim: int) -> UInt8[np.ndarray, "..."]:
 
 
 def _damaged(file: Path, rule: str, got: object) -> DataError:
-    if isinstance(got, bytes):
-        got = got.hex(" ")
-    return DataError(_PATH, f"{file.name} {rule}", got=got, fix=_AGAIN)
+    return DataError(_PATH, f"{file.name} {rule}", got=got, fix="Fetch the file again")

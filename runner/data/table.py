@@ -146,12 +146,14 @@ def _check_names(names: list[str], file: Path, *, target: str) -> None:
     if twice:
         raise DataError(_PATH, f"{file.name} has two columns of one name", got=twice[0])
     if target not in names:
-        more = [f"{len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+        shown = [repr(name) for name in names[:_SHOWN]]
+        if len(names) > _SHOWN:
+            shown.append(f"{len(names) - _SHOWN} more")
         raise DataError(
             _TARGET,
             f"not a column of {file.name}",
             got=target,
-            allowed=f"Columns: {', '.join(names[:_SHOWN] + more)}",
+            allowed=f"Columns: {', '.join(shown)}",
             fix=did_you_mean(target, names),
         )
     if len(names) == 1:

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A Hydra callback that checks a run wholly before Hydra writes its first file.
+
+Hydra makes the output directory and its logs before it calls the application. Here
+the config is parsed, the model built and traced and the data read before that; then
+a directory is claimed that no other run has.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+if TYPE_CHECKING:
+    from runner.cli.train import Prepared
+
+__all__ = ["Gate", "Refused"]
+
+
+class Refused(BaseException):
+    """Carries what was raised past Hydra, which turns an Exception into a warning."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        super().__init__(str(error))
+
+
+class Gate(Callback):
+    """Prepares a single run; the jobs of a sweep prepare themselves."""
+
+    prepared: "Prepared | None" = None
+
+    def on_run_start(self, config: DictConfig, **_: Any) -> None:
+        """Prepares the run, then claims its directory.
+
+        Raises:
+            Refused: the run can't be made.
+        """
+        from runner.cli.train import prepare
+        from runner.records.files import claim_directory
+
+        try:
+            HydraConfig.instance().set_config(config)
+            Gate.prepared = prepare(_job_config(config), config.hydra.runtime.choices)
+            wanted = Path(str(OmegaConf.select(config, "hydra.run.dir")))
+            named = any(
+                override.lstrip("+").startswith("hydra.run.dir=")
+                for override in config.hydra.overrides.hydra
+            )
+            directory = claim_directory(wanted, exact=named)
+        except Exception as error:
+            raise Refused(error) from error
+        with read_write(config.hydra.run):
+            config.hydra.run.dir = str(directory)
+
+
+def _job_config(config: DictConfig) -> DictConfig:
+    job = config.copy()
+    with read_write(job), open_dict(job):
+        del job["hydra"]
+    return job

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Hydra's own three files in a run directory, without the secrets."""
+
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+
+from runner.cli.config import Composed
+from runner.records.files import write_atomically
+
+__all__ = ["write_hydra_files"]
+
+
+def write_hydra_files(directory: Path, composed: Composed) -> None:
+    """Writes `.hydra/{config,hydra,overrides}.yaml` as Hydra itself does."""
+    job = HydraConfig.get()
+    folder = directory / ".hydra"
+    folder.mkdir(exist_ok=True)
+    files: dict[str, Any] = {
+        "config.yaml": composed.secrets.redact(OmegaConf.to_container(composed.raw)),
+        "hydra.yaml": {"hydra": OmegaConf.to_container(job)},
+        "overrides.yaml": list(job.overrides.task),
+    }
+    for name, content in files.items():
+        text = composed.secrets.blot(OmegaConf.to_yaml(OmegaConf.create(content)))
+        write_atomically(folder / name, text)

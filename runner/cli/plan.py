@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`runner plan +experiment=NAME`: what a run would draw; runs nothing."""
+
+import argparse
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+from hydra.errors import HydraException
+from omegaconf import open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from runner.cli.config import compose, keys_at, read_composed
+from runner.cli.refusal import refusal_of
+from runner.cli.tables import print_table
+
+if TYPE_CHECKING:
+    from runner.program import Program
+
+__all__ = ["main"]
+
+
+def main(args: list[str]) -> int:
+    """Prints the plan of a run, as tables or as one JSON document."""
+    parser = argparse.ArgumentParser(prog="runner plan", description=__doc__)
+    parser.add_argument("overrides", nargs="*", help="as for training")
+    parser.add_argument("--config-dir", "-cd", help="your own groups")
+    parser.add_argument("--json", action="store_true", help="one JSON document")
+    options = parser.parse_args(args)
+    try:
+        config = compose(options.overrides, config_dir=options.config_dir)
+    except (HydraException, OmegaConfBaseException) as error:
+        known = lambda path: keys_at(path, options.overrides)  # noqa: E731
+        raise refusal_of(error, known) from error
+    choices = config.hydra.runtime.choices
+    with open_dict(config):
+        del config["hydra"]
+    composed = read_composed(config, choices=choices)
+    from runner.compile import compile_run
+
+    document = _document(compile_run(composed.spec))
+    if options.json:
+        json.dump(document, sys.stdout, indent=1)
+        print()
+    else:
+        _print_tables(document)
+    return 0
+
+
+def _document(program: "Program") -> dict[str, Any]:
+    import jax
+
+    from runner.guarantee import guarantee_of
+    from runner.ledger import make_ledger
+
+    ledger = make_ledger(program)
+    guarantee = guarantee_of(program)
+    leaves = jax.tree_util.tree_leaves_with_path(program.initial.params)
+    return {
+        "experiment": program.spec.experiment,
+        "steps": program.spec.train.steps,
+        "construct": str(program.construct),
+        "inputs": dict(program.hypers),
+        "constants": list(program.baked),
+        "streams": ledger["streams"],
+        "draws": ledger["draws"],
+        "hazards": [],
+        "parameters": [
+            {
+                "path": jax.tree_util.keystr(path, simple=True, separator="/"),
+                "shape": list(leaf.shape),
+                "dtype": str(leaf.dtype),
+                "size": leaf.size,
+            }
+            for path, leaf in leaves
+        ],
+        "shardings": [],
+        "guarantee": {
+            "level": str(guarantee.level),
+            "reasons": list(guarantee.reasons),
+        },
+    }
+
+
+def _print_tables(document: dict[str, Any]) -> None:
+    guarantee = document["guarantee"]
+    total = sum(p["size"] for p in document["parameters"])
+    print(
+        f"{document['experiment']}: {document['steps']:,} steps, {total:,} parameters"
+    )
+    print(f"guarantee: {guarantee['level']}, {'; '.join(guarantee['reasons'])}")
+    inputs = ", ".join(f"{k} = {v:g}" for k, v in document["inputs"].items())
+    print(f"inputs of the program: {inputs or 'none'}")
+    if document["constants"]:
+        print(f"constants in it: {', '.join(document['constants'])}")
+    print()
+    print_table(
+        ("stream", "kind", "phases", "per", "key"),
+        [
+            (
+                stream["name"],
+                stream["kind"],
+                ", ".join(stream["phases"]),
+                ", ".join(stream["per"]),
+                _derivation(stream.get("derivation")) or "Philox(SeedSequence)",
+            )
+            for stream in document["streams"]
+        ],
+    )
+    print()
+    print_table(
+        ("phase", "stream", "path", "call", "keys", "derivation"),
+        [
+            (
+                draw["phase"],
+                draw["stream"] or "(none)",
+                "/".join(draw["path"]) or "(root)",
+                "" if draw["call"] is None else draw["call"],
+                " x ".join(f"{n} {name}" for name, n in draw["axes"].items()) or 1,
+                _derivation(draw.get("derivation")) or f"untraced: {draw['untraced']}",
+            )
+            for draw in document["draws"]
+        ],
+    )
+    print()
+    print_table(
+        ("parameter", "shape", "dtype", "size"),
+        [
+            (p["path"], p["shape"], p["dtype"], f"{p['size']:,}")
+            for p in document["parameters"]
+        ],
+    )
+
+
+def _derivation(rows: list[dict[str, Any]] | None) -> str:
+    from runner.ledger import spell_derivation
+
+    return spell_derivation(rows) if rows else ""
