@@ -8,6 +8,7 @@ returns, so that one compiled program serves every value.
 
 from .cnn import CNN
 from .dropout import Dropout
+from .flatten import Flatten
 from .mlp import MLP
 from .noise import Noise
 from .residual import ResidualMLPBlock
@@ -18,6 +19,7 @@ __all__ = [
     "CNN",
     "MLP",
     "Dropout",
+    "Flatten",
     "Noise",
     "ResidualMLPBlock",
     "Sequential",

@@ -37,7 +37,8 @@ def compile_run(spec: RunSpec) -> Program:
 
         candidates = find_hypers(spec)
         hypers, traces = _trace_with_most(trace, candidates)
-        make_task(spec.task).check(traces[Phase.EVAL].outputs[0], data)
+        outputs, _ = traces[Phase.EVAL].outputs
+        make_task(spec.task).check(outputs, data.y_train, data.classes)
         return Program(
             spec=spec,
             plan=plan,

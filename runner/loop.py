@@ -71,8 +71,8 @@ class _Loop:
 
     def run(self) -> Iterator[TrainRecord | EvalRecord | Snapshot | Outcome]:
         state, self.keys, self.hypers = self.program.start()
+        call, _ = self.program.train_call, self.program.eval_call  # compiled here
         step, begun, steps = 0, time.perf_counter(), self.spec.train.steps
-        call = self.program.train_call  # compiled before the clock of a step starts
         while step < steps and not self.reason:
             count = min(self.pace.steps, self._next_boundary(step) - step)
             state = self._dispatch(call, state, step, count)
@@ -86,9 +86,8 @@ class _Loop:
             if self._saves(step) and not self.reason:
                 yield from self._fetch(leave=0)
                 yield Snapshot(step, state)
-            if self.stop():
-                self.reason = self.reason or _STOPPED
-                break
+            if self.stop() and not self.reason:
+                self.reason = _STOPPED
         yield from self._fetch(leave=0)
         yield self._outcome(state, step, time.perf_counter() - begun)
 
@@ -212,12 +211,12 @@ class _Pace:
         per_call = program.spec.train.steps_per_call
         self.most, self.fixed = program.window, per_call != "auto"
         self.steps = self.most if self.fixed else min(_FIRST_STEPS, self.most)
-        self.last = time.perf_counter()
+        self.last: float | None = None
 
     def done(self, steps: int) -> None:
         now = time.perf_counter()
-        seconds, self.last = now - self.last, now
-        if not self.fixed:
+        seconds, self.last = now - (self.last or now), now
+        if not self.fixed and seconds:
             wanted = int(steps * _SECONDS_PER_CALL / max(seconds, 1e-6))
             self.steps = max(1, min(wanted, 4 * self.steps, self.most))
 

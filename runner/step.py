@@ -131,7 +131,7 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
         params = optax.apply_updates(state.params, updates)
         if parts.max_norm:
             params = constrain_norms(params, max_norm=hypers["train.max_norm"])
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(optax.tree.norm(updates))
+        finite = _all_finite((metrics["loss"], updates))
         taken = finite & (state.failed < 0)
         step = state.step + 1
         after = State(step, params, collections, opt_state, carried, state.failed)
@@ -179,6 +179,11 @@ def constrain_norms(params: PyTree, *, max_norm: float | Array) -> PyTree:
         return leaf * jnp.where(norms > max_norm, max_norm / norms, 1.0)
 
     return jax.tree_util.tree_map_with_path(constrain, params)
+
+
+def _all_finite(tree: PyTree) -> Array:
+    leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
+    return jnp.stack(leaves).all()
 
 
 def _cast(tree: PyTree, dtype: Any) -> PyTree:

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from runner.data import Dataset
 from runner.errors import ConfigError
 from runner.spec import ClassificationSpec, TaskSpec
 
@@ -27,12 +26,13 @@ class Task:
         loss: (outputs, targets, hypers) to the loss that is trained on.
         metrics: (outputs, targets) to the metrics; `loss` is the plain loss, without
             label smoothing, that evaluations report.
-        check: (outputs, data) raises ConfigError where a model's outputs don't fit.
+        check: (outputs, targets, classes) raises ConfigError where a model's outputs
+            don't fit the targets; `classes` is None for targets that aren't labels.
     """
 
     loss: Callable[[Array, Array, Hypers], Float[Array, " rows"]]
     metrics: Callable[[Array, Array], dict[str, Float[Array, " rows"]]]
-    check: Callable[[jax.ShapeDtypeStruct, Dataset], None]
+    check: Callable[[Any, np.ndarray, int | None], None]
 
 
 def make_task(spec: TaskSpec) -> Task:
@@ -79,27 +79,27 @@ def _as_rows(values: Num[Array, "rows ..."]) -> Float[Array, "rows values"]:
     return values.reshape(values.shape[0], -1).astype(jnp.float32)
 
 
-def _check_logits(outputs: jax.ShapeDtypeStruct, data: Dataset) -> None:
-    if data.classes is None:
+def _check_logits(outputs: Any, targets: np.ndarray, classes: int | None) -> None:
+    if classes is None:
         raise ConfigError(
             "task.name",
             "classification needs integer labels",
-            got=f"targets of type {data.y_train.dtype}",
+            got=f"targets of type {targets.dtype}",
             fix="Set task=regression",
         )
     shape = getattr(outputs, "shape", None)
-    if shape is None or len(shape) != 2 or shape[1] < data.classes:
+    if shape is None or len(shape) != 2 or shape[1] < classes:
         raise ConfigError(
             "model",
-            f"must return logits of shape (rows, at least {data.classes} classes)",
+            f"must return logits of shape (rows, at least {classes} classes)",
             got=shape if shape is not None else type(outputs).__name__,
-            fix=f"Give its last layer {data.classes} features",
+            fix=f"Give its last layer {classes} features",
         )
 
 
-def _check_values(outputs: jax.ShapeDtypeStruct, data: Dataset) -> None:
+def _check_values(outputs: Any, targets: np.ndarray, _: int | None) -> None:
     shape = getattr(outputs, "shape", None)
-    want = int(np.prod(data.y_train.shape[1:], dtype=int))
+    want = int(np.prod(targets.shape[1:], dtype=int))
     if not shape or int(np.prod(shape[1:], dtype=int)) != want:
         raise ConfigError(
             "model",

@@ -10,9 +10,9 @@ __all__ = ["refusal_of"]
 
 _OVERRIDE = re.compile(r"Could not override '([^']+)'")
 _APPEND = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
+_MERGE = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
 _CHOICE = re.compile(r"Could not find '([^']+)/([^'/]+(?:/[^'/]+)*)'")
-_CONFIG = re.compile(r"In '([^']+)': Could not find '([^']+)'")
-_OPTIONS = re.compile(r"Available options in '([^']+)':\s*(.*)", re.S)
+_OPTIONS = re.compile(r"Available options in '([^']+)':((?:\s*\n\t[^\n]+)*)")
 
 
 def refusal_of(
@@ -37,9 +37,18 @@ def refusal_of(
     if found := _APPEND.search(text):
         path = found.group(1)
         return ConfigError(path, "is there already", fix="Leave the + out")
+    if found := _MERGE.search(text):
+        path, value = found.groups()
+        return ConfigError(
+            path,
+            "a list can't be overridden by a mapping, nor the reverse",
+            got=value,
+            fix=f"Replace it: '~{path}' '+{path}={value}'",
+        )
+    path = getattr(error, "full_key", None) or "config"
     first = " ".join(line.strip() for line in text.splitlines() if line.strip())
     first = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", first)
-    return RunnerError(f"config: {first.rstrip('.')}.")
+    return RunnerError(f"{path}: {first.rstrip('.')}.")
 
 
 def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:

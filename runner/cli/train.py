@@ -21,7 +21,7 @@ from runner import CONF_DIR
 from runner.cli.config import HYDRA_VERSION_BASE, Composed, keys_at, read_composed
 from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
-from runner.errors import RecordError, RunFailedError
+from runner.errors import RecordError, RunFailedError, RunnerError
 
 if TYPE_CHECKING:
     from runner.program import Program
@@ -50,6 +50,8 @@ def main(args: list[str]) -> int:
             app()
     except Refused as refused:
         raise refused.error from None
+    except RunnerError as error:  # of a sweep's job; Hydra ran the others, too
+        raise RunFailedError(str(error)) from error
     except (HydraException, OmegaConfBaseException) as error:
         raise refusal_of(error, lambda path: keys_at(path, args)) from error
     return 0
@@ -96,7 +98,8 @@ def _job(config: DictConfig) -> float | None:
     if recorded.status == "interrupted":
         raise SystemExit(_INTERRUPTED)
     if recorded.status == "failed":
-        raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
+        error = RunFailedError(f"run: {recorded.reason}. See {directory}.")
+        raise error if job.mode == RunMode.MULTIRUN else Refused(error)
     return recorded.objective
 
 

@@ -41,7 +41,7 @@ def main() -> None:
                 tell("done", None)
         except Exception as error:  # the trainer says so, and goes on
             runs.pop(run_id, None)
-            tell("done", f"{type(error).__name__}: {error}")
+            tell("done", _one_line(error))
     for run in runs.values():
         run.run.finish(exit_code=1)
 
@@ -56,13 +56,14 @@ class _Run:
         self.files = Path(opening["directory"], "wandb")
         self._stage_here()
         try:
-            self.run = self._init(opening["mode"])
+            self.run = self._init(opening["mode"], run_id=run_id)
         except Exception as error:
             if opening["mode"] == "offline":
                 raise
-            self.run = self._init("offline")
-            where, why = Path(self.run.dir).parent, " ".join(str(error).split())
-            tell("note", f"offline, not online ({why}). Later: wandb sync {where}")
+            self.run = self._init("offline", run_id=f"{run_id}-offline")
+            where = Path(self.run.dir).parent
+            why = f"offline, not online ({_one_line(error)})"
+            tell("note", f"{why}. Send it later: wandb sync {where}")
         import wandb
 
         table = wandb.Table(**opening["streams"])
@@ -85,7 +86,7 @@ class _Run:
             self.run.log_artifact(ledger)
         self.run.finish(exit_code=closing["exit_code"])
 
-    def _init(self, mode: str) -> Any:
+    def _init(self, mode: str, *, run_id: str) -> Any:
         import wandb
 
         offline = mode == "offline"
@@ -107,7 +108,7 @@ class _Run:
         )
         return wandb.init(
             dir=self.opening["directory"],
-            id=self.run_id,
+            id=run_id,
             mode=mode,
             config=self.opening["config"],
             reinit="create_new",
@@ -121,6 +122,10 @@ class _Run:
             "WANDB_CACHE_DIR": str(self.files / "cache"),
             "WANDB_ERROR_REPORTING": "false",
         }
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 if __name__ == "__main__":

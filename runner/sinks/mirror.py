@@ -89,14 +89,12 @@ class Mirror:
         self._check(run_id)
 
     def close(self) -> None:
-        """Lets the child end by itself: it takes a closed socket for the end."""
+        """Lets the child end by itself, also after us: it sees the socket close."""
         atexit.unregister(self.close)
-        self._end = self._end or "was closed"
         self._socket.close()
-        try:
-            self._child.wait(timeout=1)
-        except subprocess.TimeoutExpired:
-            pass  # it still has runs to finish, and outlives us
+        if self._end is None:
+            self._end = "was closed"
+            self._child.returncode = 0  # nobody waits for it: no ResourceWarning
 
     def _move(self) -> None:
         if self._end is not None:
