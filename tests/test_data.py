@@ -38,6 +38,10 @@ def generator(*key: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(sequence))
 
 
+def packed(content: bytes) -> bytes:
+    return gzip.compress(content, mtime=0)
+
+
 def load(spec: DataSpec) -> Dataset:
     return load_data(spec, split=generator(1))
 
@@ -174,9 +178,9 @@ def fake_sklearn(folder: Path, content: bytes | None) -> None:
     ("content", "message"),
     [
         (None, "data.name: can't be read: No such file or directory"),
-        (gzip.compress(b"1,2,3\n"), "the images within scikit-learn are damaged"),
-        (gzip.compress(b"<html>"), "the images within scikit-learn are damaged"),
-        (gzip.compress(b"1,2,3\n")[:-1], "digits.csv.gz ends within gzip data"),
+        (packed(b"1,2,3\n"), "the images within scikit-learn are damaged"),
+        (packed(b"<html>"), "the images within scikit-learn are damaged"),
+        (packed(b"1,2,3\n")[:-1], "digits.csv.gz ends within gzip data"),
     ],
 )
 def test_digits_damaged(
@@ -318,13 +322,13 @@ def test_mnist_truncated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dot", ["-", "."])
-@pytest.mark.parametrize("packed", ["gzip", "plain", "plain, though named .gz"])
-def test_mnist_names(tmp_path: Path, dot: str, packed: str) -> None:
+@pytest.mark.parametrize("form", ["gzip", "plain", "plain, though named .gz"])
+def test_mnist_names(tmp_path: Path, dot: str, form: str) -> None:
     for name, content in STEMS.items():
         file = tmp_path / name.replace("-idx", f"{dot}idx")
-        if packed != "plain":
+        if form != "plain":
             file = Path(f"{file}.gz")
-        file.write_bytes(gzip.compress(content) if packed == "gzip" else content)
+        file.write_bytes(packed(content) if form == "gzip" else content)
     data = load_data(MnistSpec(path=str(tmp_path)), split=None)
     expected = np.arange(60, dtype=np.float32).reshape(5, 4, 3) / np.float32(255)
     np.testing.assert_array_equal(data.x_train, expected, strict=True)
@@ -364,10 +368,10 @@ IMAGES = STEMS["train-images-idx3-ubyte"]
             b"\0\0\x08\x03" + b"\xff" * 12,
             "ends before its 79228162458924105385300197375",
         ),
-        (gzip.compress(IMAGES)[:-4], "ends within gzip data"),
-        (gzip.compress(IMAGES) + b"!", "holds damaged gzip data"),
-        (gzip.compress(IMAGES)[:10] + b"\xff" * 20, "holds damaged gzip data"),
-        (gzip.compress(IMAGES)[:-8] + bytes(8), "holds damaged gzip data"),
+        (packed(IMAGES)[:-4], "ends within gzip data"),
+        (packed(IMAGES) + b"!", "holds damaged gzip data"),
+        (packed(IMAGES)[:10] + b"\xff" * 20, "holds damaged gzip data"),
+        (packed(IMAGES)[:-8] + bytes(8), "holds damaged gzip data"),
     ],
 )
 def test_mnist_damaged(tmp_path: Path, content: bytes, message: str) -> None:
@@ -586,7 +590,7 @@ SAME: dict[str, Callable[[str], str | bytes]] = {
     "no last newline": lambda text: "\n" + text.rstrip(),
     "quotes": lambda text: re.sub(r"[^,\n]+", r' "\g<0>"', text),
     "byte order mark": lambda text: "\ufeff" + text,
-    "gzip": lambda text: gzip.compress(text.encode()),
+    "gzip": lambda text: packed(text.encode()),
 }
 
 

@@ -107,15 +107,15 @@ def _json_cell(value: float) -> str:
 
 
 def _cut_unfinished_line(file: int) -> None:
-    end = os.fstat(file).st_size
+    size = end = os.fstat(file).st_size
     while end:
         start = max(0, end - 65_536)
-        newline = os.pread(file, end - start, start).rfind(b"\n")
-        if newline >= 0:
-            os.ftruncate(file, start + newline + 1)
+        kept = start + os.pread(file, end - start, start).rfind(b"\n") + 1
+        if kept > start or not start:
+            if kept < size:
+                os.ftruncate(file, kept)
             return
         end = start
-    os.ftruncate(file, 0)
 
 
 def _unwritable(path: Path, error: OSError) -> RecordError:

@@ -86,7 +86,7 @@ class _Run:
             self.run.log_artifact(ledger)
         self.run.finish(exit_code=closing["exit_code"])
 
-    def _init(self, mode: str, *, run_id: str) -> Any:
+    def _init(self, mode: Any, *, run_id: str) -> Any:
         import wandb
 
         offline = mode == "offline"

@@ -123,9 +123,10 @@ class Mirror:
             self._stop("ended")
 
     def _check(self, run_id: str) -> None:
-        if error := self._done.get(run_id):
-            raise MirrorError(error)
-        if self._end is not None and run_id not in self._done:
+        if run_id in self._done:
+            if error := self._done.pop(run_id):
+                raise MirrorError(error)
+        elif self._end is not None:
             raise MirrorError(f"the process that runs wandb {self._end}")
 
     def _stop(self, why: str) -> None:
