@@ -68,6 +68,9 @@ def _stream_row(program: Program, name: str) -> dict[str, Any]:
         "per": {str(c): str(rule) for c, rule in stream.spec.per.items()},
     }
     if stream.spec.kind is StreamKind.HOST:
+        data = program.spec.data
+        used_by = [f for f in ("shuffle", "split") if getattr(data, f, None) == name]
+        row["used_by"] = [f"data.{field}" for field in used_by]
         return {**row, "bit_generator": "Philox", "spawn_key": host_words(stream)}
     with rng_flags(program.spec.rng):
         base = derive_key(stream.base, impl=program.plan.impl)
@@ -135,14 +138,20 @@ def stream_rows(ledger: Mapping[str, Any]) -> tuple[StreamRow, ...]:
     """A ledger's streams, as a table shows them."""
     rows = []
     for stream in ledger["streams"]:
-        name, drawn = stream["name"], ledger["draws"]
+        name = stream["name"]
         if stream["kind"] == StreamKind.HOST:
             spawn_key = ", ".join(map(str, stream["spawn_key"]))
             derivation = "Philox(SeedSequence)"
             key = f"{stream['seed']}, ({spawn_key})"
+            places = stream["used_by"]
         else:
             derivation = spell_derivation(stream["derivation"])
             key = " ".join(f"{word:08x}" for word in stream["key"])
+            places = [
+                f"{draw['phase']} {'/'.join(draw['path']) or '(root)'}"
+                for draw in ledger["draws"]
+                if draw["stream"] == name
+            ]
         rows.append(
             StreamRow(
                 name=name,
@@ -151,11 +160,7 @@ def stream_rows(ledger: Mapping[str, Any]) -> tuple[StreamRow, ...]:
                 key=key,
                 phases=", ".join(stream["phases"]),
                 per=", ".join(_spell_rule(*item) for item in stream["per"].items()),
-                draws=tuple(
-                    f"{d['phase']} {'/'.join(d['path']) or '(root)'}"
-                    for d in drawn
-                    if d["stream"] == name
-                ),
+                draws=tuple(places),
             )
         )
     return tuple(rows)

@@ -234,7 +234,7 @@ class _Recording:
             notes={
                 "devices": devices,
                 "guarantee": level,
-                "steps taken": f"by {program.construct}",
+                "construct": str(program.construct),
             },
         )
 

@@ -705,8 +705,8 @@ def test_damage_is_refused_in_one_line_or_harmless(tmp_path: Path, kind: str) ->
     file, spec = files_of(tmp_path)[kind]
     content = file.read_bytes()
     load(spec)
-    damaged = [content[:n] for n in range(0, len(content), 3)]
-    for place in range(0, len(content), 2):
+    damaged = [content[:n] for n in range(0, len(content), 7)]
+    for place in range(0, len(content), 5):
         for mask in (0x01, 0x80):
             copy = bytearray(content)
             copy[place] ^= mask
@@ -727,14 +727,14 @@ def test_a_flipped_bit_of_an_npz_is_never_data(tmp_path: Path, kind: str) -> Non
     file, spec = files_of(tmp_path)[kind]
     content = bytearray(file.read_bytes())
     expected, digests = load(spec).digest(), []
-    for place in range(len(content)):
+    for place in range(0, len(content), 3):
         content[place] ^= 0x04
         file.write_bytes(content)
         with contextlib.suppress(DataError):
             digests.append(load(spec).digest())
         content[place] ^= 0x04
     assert set(digests) <= {expected}  # where the zip has room to spare
-    assert len(digests) < len(content)
+    assert len(digests) < len(content) // 3
 
 
 # ---- the order of rows

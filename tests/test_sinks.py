@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from rich.console import Console
@@ -96,9 +96,22 @@ def play(sink: Any, run: RunStart, **end: Any) -> None:
     sink.finish(end_of(run, **end))
 
 
+def play_together(sinks: list[Any], runs: list[RunStart], **end: Any) -> None:
+    """The same for several runs at once; the first one fails, the others stop."""
+    for sink, run in zip(sinks, runs, strict=True):
+        sink.start(run)
+    for first_step in range(0, 100, 25):
+        for sink in sinks:
+            sink.write(chunk(first_step))
+    for i, (sink, run) in enumerate(zip(sinks, runs, strict=True)):
+        sink.write(EvalRecord(100, {"accuracy": 0.75}))
+        sink.finish(end_of(run, status="interrupted" if i else "failed", **end))
+
+
 # metrics.jsonl
 
 
+@settings(deadline=None)
 @given(arrays(np.uint32, st.integers(1, 8)), st.integers(0, 2**40))
 @example(np.array([0, 1, 0x80000000, 0x7F7FFFFF, 0x7F800000], np.uint32), 0)
 def test_float32_round_trip(bits: np.ndarray, first_step: int) -> None:
@@ -305,7 +318,7 @@ def test_live(tmp_path: Path) -> None:
     said = console.export_text()
     for part in (SHOWN, "optax.adamw", "fold_in(key(0), 'dropout')", "6b20 99ba"):
         assert part in said
-    assert "50/100  loss 0.02  accuracy 0.75" in said
+    assert " 50/100  loss 0.02  accuracy 0.75" in said
     assert f"interrupted: {SHOWN}" in said
     assert "0.875 at step 50" in said
 
@@ -319,7 +332,7 @@ def test_live_costs_little(tmp_path: Path) -> None:
         sink.write(record)
     cost = (time.process_time() - begun) / 1000
     sink.finish(end_of(run))
-    assert cost < 100e-6 * 5  # seconds; five times what it should take
+    assert cost < 500e-6  # seconds; measured 5 to 90 us
 
 
 def test_logs_do_not_tear(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -366,6 +379,7 @@ def test_terminal_mode(
     assert type(make_terminal_sink(TerminalSpec(mode))).__name__ == kind
 
 
+@settings(deadline=None)
 @given(st.text())
 def test_clean(words: str) -> None:
     assert clean(words).isprintable()
@@ -381,8 +395,7 @@ def own_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     """A mirror of the test's own; returns where a `wandb.py` takes wandb's place."""
     fakes = tmp_path / "fakes"
     fakes.mkdir()
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(fakes), *inherited]))
+    monkeypatch.setenv("PYTHONPATH", str(fakes), prepend=os.pathsep)
     monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(Mirror, "_shared", None)
@@ -392,7 +405,8 @@ def own_child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
 
 
 FAKE = """
-import json, os
+import json, os, sys
+print("noise"); print("noise", file=sys.stderr)
 class Settings:
     def __init__(self, **options): pass
 class Table(Settings): pass
@@ -409,7 +423,8 @@ class Run:
             file.write(json.dumps([self.id, *what]) + "\\n")
     def log(self, row, step=None, commit=None):
         if "streams" not in row: self.note("log", step, row)
-    def log_artifact(self, artifact): self.note("artifact", artifact.name)
+    def log_artifact(self, artifact):
+        self.note("artifact", artifact.name, os.environ["WANDB_DATA_DIR"])
     def finish(self, exit_code): self.note("finish", exit_code, self.summary)
 def init(**options): return Run(options)
 """
@@ -432,10 +447,11 @@ def test_broken_wandb(
     message: str,
 ) -> None:
     (own_child / "wandb.py").write_text(FAKE + BROKEN[message])
-    sink = WandbSink(WandbSpec(), mode="offline", patience=1.0)
+    patience = 1.0 if "within 1 s" in message else 30.0
+    sink = WandbSink(WandbSpec(), mode="offline", patience=patience)
     begun = time.monotonic()
     play(Sinks(JsonlSink(), {"wandb": sink}), start_of(tmp_path / "run"))
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 20.0  # seconds; not 60
     assert len(caplog.messages) == 1
     assert message in caplog.messages[0]
     assert "\n" not in caplog.messages[0]
@@ -452,7 +468,7 @@ def test_full_buffer(
     with pytest.raises(MirrorError, match="does not take what it is sent"):  # noqa: PT012
         for i in range(100):
             sink.write(chunk(1000 * i, 1000))
-    assert time.monotonic() - begun < 5.0
+    assert time.monotonic() - begun < 20.0  # seconds; not 60
 
 
 def said(log: Path) -> list[list[Any]]:
@@ -473,7 +489,7 @@ def test_trainer_is_killed(own_child: Path, tmp_path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)"""
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == -signal.SIGKILL
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not (log.exists() and "finish" in log.read_text()):
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -495,20 +511,28 @@ def test_online_falls_back(
         "Send it later: wandb sync /somewhere"
     ]
     *_, artifact, finish = said(tmp_path / "log")
-    assert artifact == ["run-run-offline", "artifact", "ledger-run-run"]
+    assert artifact[:3] == ["run-run-offline", "artifact", "ledger-run-run"]
     assert finish[:3] == ["run-run-offline", "finish", 0]
+
+
+def test_runs_stage_files_apart(own_child: Path, tmp_path: Path) -> None:
+    (own_child / "wandb.py").write_text(FAKE)
+    runs = [start_of(tmp_path / name) for name in ("one", "two")]
+    play_together([WandbSink(WandbSpec(), mode="offline") for _ in runs], runs)
+    staged = [call[3] for call in said(tmp_path / "log") if call[1] == "artifact"]
+    assert staged == [str(run.directory / "wandb" / "data") for run in runs]
 
 
 def test_real_wandb(own_child: Path, tmp_path: Path) -> None:
     before = dict(os.environ), sys.exit, sys.excepthook
     spec = WandbSpec(project="p", group="g")
     runs = [start_of(tmp_path / name) for name in ("one", "two")]
-    play(WandbSink(spec, mode="offline"), runs[0])
-    play(WandbSink(spec, mode="offline"), runs[1], status="interrupted")
+    last = {"train/loss": 0.25, "eval/accuracy": 0.5}
+    play_together([WandbSink(spec, mode="offline") for _ in runs], runs, metrics=last)
     assert "wandb" not in sys.modules
     assert (dict(os.environ), sys.exit, sys.excepthook) == before
     assert not (tmp_path / "home").exists()
-    for run, exit_code in zip(runs, (0, 130), strict=True):
+    for run, exit_code in zip(runs, (1, 130), strict=True):
         (file,) = run.directory.glob("wandb/offline-run-*/*.wandb")
         records = inspect(file)
         head = records["run"][0]
@@ -530,7 +554,8 @@ def test_real_wandb(own_child: Path, tmp_path: Path) -> None:
         summary = {k: v for r in records["summary"] for k, v in r["update"].items()}
         assert summary["train/loss"] == 0.25
         assert summary["best/accuracy"] == 0.875
-        assert records["exit"] == [{"exit_code": exit_code, **records["exit"][0]}]
+        assert summary["eval/accuracy"] == 0.5  # the end's word, not the last row's
+        assert [r["exit_code"] for r in records["exit"]] == [exit_code]
 
 
 def inspect(file: Path) -> dict[str, list[Any]]:
@@ -557,7 +582,7 @@ def inspect(file: Path) -> dict[str, list[Any]]:
 def test_wandb_mode(
     monkeypatch: pytest.MonkeyPatch, spec: Any, variable: str | None, mode: str | None
 ) -> None:
-    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
     if variable is not None:
         monkeypatch.setenv("WANDB_MODE", variable)
     sink = make_wandb_sink(WandbSpec(mode=spec))

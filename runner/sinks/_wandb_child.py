@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ def main() -> None:
         run_id, verb, content = json.loads(line)
 
         def tell(what: str, text: str | None, run_id: str = run_id) -> None:
-            link.sendall(json.dumps([run_id, what, text]).encode() + b"\n")
+            with suppress(OSError):  # the trainer may be gone
+                link.sendall(json.dumps([run_id, what, text]).encode() + b"\n")
 
         try:
             if verb == "start":
@@ -43,7 +45,8 @@ def main() -> None:
             runs.pop(run_id, None)
             tell("done", _one_line(error))
     for run in runs.values():
-        run.run.finish(exit_code=1)
+        with suppress(Exception):
+            run.run.finish(exit_code=1)
 
 
 class _Run:

@@ -88,7 +88,8 @@ class _Status(ProgressColumn):
     """`400/1,000  loss 0.1234  accuracy 0.95  523 steps/s  1.1 s left`."""
 
     def render(self, task: Task) -> Text:
-        parts = [f"{task.completed:,.0f}/{task.total or 0:,.0f}"]
+        total = f"{task.total or 0:,.0f}"
+        parts = [f"{task.completed:{len(total)},.0f}/{total}"]
         parts += [task.fields["shown"], task.fields["score"]]
         if task.speed:
             parts.append(text.format_rate(round(task.speed * 1000), 1000.0))
