@@ -25,16 +25,18 @@ class Dropout(nn.Module):
     - The rate may be a traced scalar, so that programs which differ in nothing
       else are compiled once, or run as lanes of one program.
 
-    Bits, seen for float32, bfloat16 and float16 on CPU. For a Python number as
-    rate: output and gradient are those of Flax, eager and under `jit`, 0 and 1
-    included. For an array as rate, `r` in float32: those of Flax with the Python
-    float `float(r)`, under `jit`, `vmap` and `lax.map`, because XLA rewrites a
-    division by a constant and by a scalar alike, as a product with the
-    reciprocal. What an array can not hold is a Python float's precision: 1 - p
-    rounded is not always 1 - (p rounded), and then the scale is off by that
-    rounding (p = 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.75 agree; 0.6, 0.8, 0.9 do
-    not). And subnormal inputs become 0 at an array's rate of 0, as in any
-    division by XLA on CPU.
+    Bits, as measured on CPU for float32, bfloat16 and float16. A Python number as
+    rate gives Flax's output and gradient, eager and under `jit`. An array as rate
+    gives those of jitted Flax with the Python float `float(rate)`, whether eager or
+    under `jit`, `vmap`, `lax.map`. Three things set it apart from the baked rate:
+
+    - An array holds a float32, and 1 - p rounded is not always 1 - (p rounded): for
+      p = 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7 they agree; for 0.6, 0.8, 0.9 the scale
+      is off by a rounding, and a mask entry differs about once in 10 million.
+    - In a larger program XLA may fold a baked rate into other constants nearby (of
+      a LayerNorm, a second dropout, a constant factor), and then rounds otherwise:
+      there, compare runs only that both trace the rate, or both bake it.
+    - At an array's rate of 0, subnormal inputs become 0, as in any product on CPU.
 
     Attributes:
         rate: Probability to drop an entry, in [0, 1].

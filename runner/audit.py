@@ -47,6 +47,7 @@ class Draw:
         axes: Name and size of each axis that `ops` are indexed by.
         use: What the key is consumed by.
         untraced: Why `ops` is not the whole derivation; empty when it is.
+        branches: Each `cond` that the draw is in, by number, and the branch.
     """
 
     stream: str | None
@@ -56,6 +57,7 @@ class Draw:
     axes: tuple[tuple[str, int], ...]
     use: Use
     untraced: str = ""
+    branches: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,9 +207,11 @@ class _Walk:
         self.draws: list[Draw] = []
         self.primitives: set[str] = set()
         self.axes: dict[str, int] = {}
+        self.conds = 0
+        self.branches: tuple[tuple[int, int], ...] = ()
 
     def run(self, jaxpr: Jaxpr, refs: dict[Var, _Ref]) -> list[_Ref | None]:
-        for eqn in jaxpr.eqns:
+        for eqn in _live(jaxpr):
             self.primitives.add(eqn.primitive.name)
             ins = [None if isinstance(v, Literal) else refs.get(v) for v in eqn.invars]
             for var, ref in zip(eqn.outvars, self.step(eqn, ins), strict=True):
@@ -277,7 +281,7 @@ class _Walk:
         if name == "scan":
             return self.enter_scan(eqn, ins)
         if name == "cond":
-            outs = [self.call(branch, ins[1:]) for branch in params["branches"]]
+            outs = self.enter_cond(params["branches"], ins[1:])
             return [_join(*refs) for refs in zip(*outs, strict=True)]
         if name == "while":
             return self.enter_while(eqn, ins)
@@ -298,6 +302,17 @@ class _Walk:
             body.append(ref.pick(0, axis) if ref and ref.dims else ref)
         outs = self.call(eqn.params["jaxpr"], body)
         return [r and r.lost("comes out of a scan") for r in outs]
+
+    def enter_cond(
+        self, branches: tuple[Any, ...], ins: list[_Ref | None]
+    ) -> list[list[_Ref | None]]:
+        self.conds += 1
+        cond, outside, outs = self.conds, self.branches, []
+        for number, branch in enumerate(branches):
+            self.branches = (*outside, (cond, number))
+            outs.append(self.call(branch, ins))
+        self.branches = outside
+        return outs
 
     def enter_while(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
         first, body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -330,7 +345,16 @@ class _Walk:
         path = ref.path if ref.call is not None else _module_path(eqn)
         ops = () if ref.untraced else ref.ops
         self.draws.append(
-            Draw(ref.stream, ops, path, ref.call, axes, use, ref.untraced)
+            Draw(
+                ref.stream,
+                ops,
+                path,
+                ref.call,
+                axes,
+                use,
+                ref.untraced,
+                self.branches,
+            )
         )
 
 
@@ -340,6 +364,17 @@ def _join(*refs: _Ref | None) -> _Ref | None:
     if not some or all(r == some[0] for r in refs):
         return some[0] if some else None
     return some[0].lost("comes out of branches that differ")
+
+
+def _live(jaxpr: Jaxpr) -> list[Any]:
+    """The equations that an output depends on; a compiler drops the others."""
+    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
+    live = []
+    for eqn in reversed(jaxpr.eqns):
+        if eqn.effects or not needed.isdisjoint(eqn.outvars):
+            live.append(eqn)
+            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
+    return live[::-1]
 
 
 def _sub_jaxprs(eqn: Any) -> list[Any]:

@@ -7,7 +7,8 @@ RunnerError                 a user's mistake, told in one line; exit code 2
     TargetError             a `_target_` that may not, or can not, be built
     DataError               a data set that is absent, damaged or misshapen
   RecordError               a run directory that can't be claimed or read
-Interrupted                 the user asked to stop; exit code 130
+  HazardsRefusedError       a program with key hazards; exit code 1
+  RunFailedError            a run that could not go on; exit code 1
 """
 
 import difflib
@@ -17,6 +18,7 @@ from typing import Any
 __all__ = [
     "ConfigError",
     "DataError",
+    "HazardsRefusedError",
     "RecordError",
     "RunFailedError",
     "RunnerError",
@@ -76,6 +78,12 @@ class DataError(ConfigError):
 
 class RecordError(RunnerError):
     """A run directory that can't be claimed, written or read."""
+
+
+class HazardsRefusedError(RunnerError):
+    """A program whose keys are not what they should be; a line for each hazard."""
+
+    exit_code = 1
 
 
 class RunFailedError(RunnerError):

@@ -89,7 +89,8 @@ def trace_model(
 
     Args:
         model: What to trace.
-        plan: Resolved streams; a phase is given those that name it.
+        plan: Resolved streams; a phase is given those that name it, and `init` all,
+            so that a draw there which no variable depends on moves nothing else.
         fallback: `rng.fallback`.
         x: Shape and dtype of a microbatch of inputs.
         keys: Shapes of the streams' keys.
@@ -101,7 +102,8 @@ def trace_model(
     """
 
     def trace(phase: Phase, function: Any, *args: Any) -> Trace:
-        rngs = {name: keys[name] for name in plan.in_phase(phase)}
+        names = keys if phase is Phase.INIT else plan.in_phase(phase)
+        rngs = {name: keys[name] for name in names}
         try:
             found = trace_draws(function, rngs, *args)
         except flax.errors.InvalidRngError as error:
@@ -119,6 +121,7 @@ def trace_model(
             ) from error
         if fallback == "error" or Phase.INIT not in _phases_of(plan, "params"):
             _refuse(found.missing, plan, phase)
+        _refuse(_out_of_phase(found, plan, phase), plan, phase)
         return found
 
     def init(rngs: Any, x: Any, hypers: Any) -> Any:
@@ -134,6 +137,14 @@ def trace_model(
         Phase.TRAIN: trace(Phase.TRAIN, call(train=True), *args),
         Phase.EVAL: trace(Phase.EVAL, call(train=False), *args),
     }
+
+
+def _out_of_phase(trace: Trace, plan: KeyPlan, phase: Phase) -> tuple[Missing, ...]:
+    return tuple(
+        Missing(draw.stream, draw.path)
+        for draw in trace.draws
+        if draw.stream is not None and phase not in _phases_of(plan, draw.stream)
+    )
 
 
 def _phases_of(plan: KeyPlan, name: str) -> tuple[Phase, ...]:

@@ -197,8 +197,7 @@ def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:
 
     def setup(seeds: Any, hypers: Any) -> tuple[State, dict[str, Any]]:
         base = derive_base_keys(plan, seeds=seeds)
-        rngs = {name: base[name] for name in plan.in_phase(Phase.INIT)}
-        variables = program.model.init(rngs, jnp.zeros(x.shape, x.dtype), hypers)
+        variables = program.model.init(base, jnp.zeros(x.shape, x.dtype), hypers)
         params, collections = split_variables(variables)
         state = State(
             step=jnp.int32(0),

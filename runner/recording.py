@@ -4,6 +4,7 @@
 import dataclasses
 import datetime
 import json
+import logging
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ import yaml
 
 from runner import __version__
 from runner.guarantee import guarantee_of
+from runner.hazards import Hazard
 from runner.keys import draw_canary, rng_flags
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
@@ -32,6 +34,7 @@ from runner.step import State
 __all__ = ["Recorded", "record_run"]
 
 SCHEMA = 1
+_log = logging.getLogger("runner")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +57,7 @@ def record_run(
     *,
     directory: Path,
     secrets: Secrets,
+    hazards: tuple[Hazard, ...] = (),
     sweep: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Recorded:
@@ -63,21 +67,28 @@ def record_run(
         program: What to run.
         directory: The run directory; exists.
         secrets: What must not be written.
+        hazards: What `find_hazards` found, and nobody minded.
         sweep: {id, lane, lanes, mode} of a sweep's job.
         stop: Asked between calls; true ends the run as `interrupted`.
 
     Raises:
         RecordError: the record can't be written.
     """
-    return _Recording(program, directory, secrets, sweep).run(stop)
+    return _Recording(program, directory, secrets, hazards, sweep).run(stop)
 
 
 class _Recording:
     """What is known of a run so far, and where it is written."""
 
     def __init__(
-        self, program: Program, directory: Path, secrets: Secrets, sweep: Any
+        self,
+        program: Program,
+        directory: Path,
+        secrets: Secrets,
+        hazards: tuple[Hazard, ...],
+        sweep: Any,
     ) -> None:
+        self.hazards = hazards
         self.program, self.directory, self.secrets = program, directory, secrets
         self.config = secrets.redact(to_plain(program.spec))
         self.ledger = make_ledger(program)
@@ -92,6 +103,8 @@ class _Recording:
         sinks = make_sinks(self.program.spec.sinks)
         try:
             sinks.start(self._run_start())
+            for hazard in self.hazards:
+                _log.warning("%s", hazard)
             outcome = self._train(sinks, stop)
             end = self._finish(outcome)
         except BaseException as error:
@@ -201,6 +214,7 @@ class _Recording:
                 "level": str(guarantee.level),
                 "reasons": list(guarantee.reasons),
             },
+            "hazards": [hazard.to_plain() for hazard in self.hazards],
             "construct": str(program.construct),
             "inputs": dict(program.hypers),
             "constants": list(program.baked),

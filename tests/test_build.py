@@ -487,7 +487,7 @@ def test_a_trusted_module(mylab: Any) -> None:
         (target("mylab.Plain", size=1), lambda made, lab: made.size == 1),
         (target("mylab.Net", _partial_=True), lambda made, lab: made is lab.Net),
         (target("mylab.OurDense", features=1), lambda made, lab: made.features == 1),
-        (target("mylab.typed", dtype="b"), lambda made, lab: made == "b"),
+        (target("mylab.typed", dtype="b"), lambda made, lab: type(made) is str),
         (
             target("mylab.anything", _args_=[1, [2]], a=3),
             lambda made, lab: made == ((1, (2,)), {"a": 3}),
@@ -834,6 +834,10 @@ REFUSED_OF_MYLAB = {
     "failing": (
         target("mylab.Failing"),
         "model: Failing failed with ValueError: first line."),
+    "Hydra's other keys": (
+        target("mylab.anything", _recursive_=False),
+        "model._recursive_: not an argument of anything (got '_recursive_'). "
+        "Signature: anything(*args, **kwargs)."),
     "literal": (
         target("mylab.Net", features=1, mode="c"),
         "model.mode: must be 'a' | 'b' for Net (got 'c')."),

@@ -725,6 +725,21 @@ def test_model_lanes_of_traced_rates(name):
         assert_same(lane, run(rate, x, params))
 
 
+def test_traced_rate_next_to_other_constants():
+    def run(kind, rate, x):
+        layers = [nn.LayerNorm(), kind(rate), nn.Dense(8), kind(rate), nn.LayerNorm()]
+        model = Sequential(layers)
+        params = model.init(rngs("params"), x, deterministic=True)
+        return value_and_grad(model, x, params)
+
+    # XLA folds a baked rate into them: same masks, but floats may round otherwise.
+    x = values(16, 8)
+    traced = jax.jit(functools.partial(run, Dropout))(0.1, x)
+    baked = jax.jit(functools.partial(run, nn.Dropout, 0.1))(x)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, traced, baked)
+
+
 @pytest.mark.parametrize("name", ["mlp", "cnn", "block"])
 def test_model_draws_whatever_the_rate(name):
     ours, hand, _ = MODELS[name]

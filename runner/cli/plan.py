@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from runner.cli.config import compose, keys_at, read_composed
 from runner.cli.refusal import refusal_of
 from runner.cli.tables import print_table
+from runner.sinks.text import clean
 
 if TYPE_CHECKING:
     from runner.program import Program
@@ -51,6 +52,7 @@ def _document(program: "Program") -> dict[str, Any]:
     import jax
 
     from runner.guarantee import guarantee_of
+    from runner.hazards import find_hazards
     from runner.ledger import make_ledger
 
     ledger = make_ledger(program)
@@ -64,7 +66,7 @@ def _document(program: "Program") -> dict[str, Any]:
         "constants": list(program.baked),
         "streams": ledger["streams"],
         "draws": ledger["draws"],
-        "hazards": [],
+        "hazards": [hazard.to_plain() for hazard in find_hazards(program)],
         "parameters": [
             {
                 "path": jax.tree_util.keystr(path, simple=True, separator="/"),
@@ -123,6 +125,11 @@ def _print_tables(document: dict[str, Any]) -> None:
         ],
     )
     print()
+    for hazard in document["hazards"]:
+        at = f" ({', '.join(hazard['draws'])})" if hazard["draws"] else ""
+        where = f"{hazard['code']} {hazard['severity']}: {hazard['path']}"
+        print(clean(f"{where}: {hazard['what']}{at}. {hazard['fix']}."))
+    print("" if document["hazards"] else "hazards: none\n")
     print_table(
         ("parameter", "shape", "dtype", "size"),
         [

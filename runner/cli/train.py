@@ -24,6 +24,7 @@ from runner.cli.refusal import refusal_of
 from runner.errors import RecordError, RunFailedError, RunnerError
 
 if TYPE_CHECKING:
+    from runner.hazards import Hazard
     from runner.program import Program
 
 __all__ = ["Prepared", "main", "prepare"]
@@ -37,6 +38,7 @@ class Prepared:
 
     composed: Composed
     program: "Program"
+    hazards: "tuple[Hazard, ...]"
 
 
 def main(args: list[str]) -> int:
@@ -58,17 +60,21 @@ def main(args: list[str]) -> int:
 
 
 def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
-    """Parses, builds and traces a job; writes nothing.
+    """Parses, builds, traces and audits a job; writes nothing.
 
     Raises:
-        RunnerError: the run can't be made.
+        RunnerError: the run can't be made, or its keys are hazardous.
     """
     composed = read_composed(config, choices=choices)
     from runner.compile import compile_run
+    from runner.hazards import find_hazards, refuse_hazards
     from runner.platforms import set_compile_cache
 
     set_compile_cache(composed.spec.train.compile_cache)
-    return Prepared(composed, compile_run(composed.spec))
+    program = compile_run(composed.spec)
+    hazards = find_hazards(program)
+    refuse_hazards(hazards, allow=composed.spec.rng.allow)
+    return Prepared(composed, program, hazards)
 
 
 def _job(config: DictConfig) -> float | None:
@@ -90,6 +96,7 @@ def _job(config: DictConfig) -> float | None:
         recorded = record_run(
             prepared.program,
             directory=directory,
+            hazards=prepared.hazards,
             secrets=prepared.composed.secrets,
             sweep=_sweep(job),
             stop=lambda: bool(stopped),
