@@ -67,7 +67,7 @@ class Problem:
     @classmethod
     def of(cls, spec: RunSpec, x: np.ndarray, y: np.ndarray) -> "Problem":
         """The problem of a run with an MLP or a CNN, and Adam."""
-        from runner.models import CNN, MLP  # type: ignore[import-not-found]
+        from runner.models import CNN, MLP
 
         node = dict(spec.model)
         rate = node.pop("dropout_rate")
@@ -251,7 +251,7 @@ def _make_same(problem: Problem) -> Step:
 
     def loss_fn(params: Any, x: Any, y: Any, key: Any, rate: Any) -> Any:
         model = problem.make_model(rate)
-        logits = model.apply({"params": params}, x, rngs={"dropout": key})
+        logits: Any = model.apply({"params": params}, x, rngs={"dropout": key})
         losses = -jax.nn.log_softmax(logits)
         plain = jnp.take_along_axis(losses, y[:, None], axis=-1)[:, 0]
         smooth = (1 - smoothing) * plain + smoothing * losses.mean(axis=-1)

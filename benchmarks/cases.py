@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf, open_dict
@@ -68,7 +69,7 @@ def write_images(file: Path) -> str:
     directory = mnist_directory()
     if directory is None:
         rng = np.random.default_rng(0)
-        arrays = {
+        arrays: dict[str, Any] = {
             "x_train": rng.random((_TRAIN_ROWS, 28, 28), np.float32),
             "y_train": rng.integers(0, 10, _TRAIN_ROWS, np.int32),
             "x_test": rng.random((_TEST_ROWS, 28, 28), np.float32),

@@ -5,6 +5,7 @@ python benchmarks/digits_by_hand.py sklearn|csv CACHE_DIRECTORY
 """
 
 import sys
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -54,17 +55,19 @@ def main(how: str, cache: str) -> None:
     x, y = load_digits(how)
 
     @jax.jit
-    def init(key: jax.Array) -> tuple:
+    def init(key: jax.Array) -> Any:
         params = model.init(key, x[:128], train=False)["params"]
         return params, tx.init(params)
 
     @jax.jit
-    def train_step(params, opt_state, x, y, key, step):
+    def train_step(
+        params: Any, opt_state: Any, x: Any, y: Any, key: Any, step: Any
+    ) -> Any:
         key = jax.random.fold_in(key, step)
 
-        def loss_fn(params):
+        def loss_fn(params: Any) -> jax.Array:
             rngs = {"dropout": key}
-            logits = model.apply({"params": params}, x, train=True, rngs=rngs)
+            logits: Any = model.apply({"params": params}, x, train=True, rngs=rngs)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, y)
             return losses.mean()
 

@@ -2,7 +2,8 @@
 """From nothing to the first step: a new process, with and without a compile cache.
 
 The first step is over when its loss can be read: on the standard output by hand, in
-`metrics.jsonl` of the runner. A process is looked at from outside; none is changed.
+`metrics.jsonl` of the runner. A process is looked at from outside, by Linux's
+`/proc`; none is changed.
 """
 
 import os
@@ -109,12 +110,12 @@ def _start(command: Command, directory: Path, cache: Path) -> Start:
             command(directory, cache), cwd=ROOT, stdout=stdout, stderr=stderr
         )
         signs = (directory / "metrics.jsonl", out)
-        while not any(_has_text(f) for f in signs) and _cpu(process.pid) is not None:
+        while not any(_has_text(f) for f in signs) and not _ended(process.pid):
             time.sleep(0.002)
         wall, cpu = time.perf_counter() - begun, _cpu(process.pid)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode or cpu is None:
+    if process.returncode or not any(_has_text(f) for f in signs):
         raise RuntimeError(err.read_text())
     whole = usage.ru_utime + usage.ru_stime
     return Start(wall, cpu, time.perf_counter() - begun, whole)
@@ -124,10 +125,19 @@ def _has_text(file: Path) -> bool:
     return file.exists() and file.stat().st_size > 0
 
 
-def _cpu(pid: int) -> float | None:
-    """User and system seconds of a process that runs; None when it has ended."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return None if fields[0] == "Z" else (int(fields[11]) + int(fields[12])) * _TICK
+def _ended(pid: int) -> bool:
+    return _stat(pid)[0] == "Z"
+
+
+def _cpu(pid: int) -> float:
+    """User and system seconds of a process; it may have ended, unwaited for."""
+    fields = _stat(pid)
+    return (int(fields[11]) + int(fields[12])) * _TICK
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of `/proc/PID/stat` from the third on: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _print(found: dict[str, list[Start]]) -> None:

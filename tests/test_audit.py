@@ -20,10 +20,11 @@ import numpy as np
 import pytest
 from flax.core.scope import Scope
 from jax.extend.core import ClosedJaxpr, Literal, primitives
+from jax.interpreters.partial_eval import dce_jaxpr
+from runner.models import MLP, Dropout, Noise, Variable
 
 from runner.audit import Draw, Missing, Trace, Use, trace_draws
 from runner.keys import Op, derive_key, key_words
-from runner.models import MLP, Dropout, Noise, Variable
 
 Words = tuple[int, ...]
 SEEDS = {"params": 1, "dropout": 2, "noise": 3, "mask": 4}
@@ -123,8 +124,13 @@ def stack_rows(column: Sequence[Later]) -> Any:
 
 def consumed(closed: Any, *args: Any) -> Counter[Words]:
     """How often the running program consumes each key."""
+    outs = [True] * len(closed.jaxpr.outvars)
+    live, _ = dce_jaxpr(closed.jaxpr, outs, instantiate=True)  # as a compiler does
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
+    consts = [env[v] for v in live.constvars]
     interpreter = Interpreter()
-    interpreter.run(closed, list(map(now, jax.tree.leaves(args))))
+    given = list(map(now, jax.tree.leaves(args)))
+    interpreter.run(ClosedJaxpr(live, consts), given)
     return Counter(interpreter.keys)
 
 
@@ -574,18 +580,46 @@ def test_every_key_and_place(name: str) -> None:
 
 
 @pytest.mark.usefixtures("separator")
-def test_dead_draws_are_not_listed() -> None:
+def test_dead_draws_of_a_scan_are_not_listed() -> None:
     """Flax traces a scan's body twice; what it throws away is not drawn.
 
     A stream that is not split does not depend on the layer, so that the first pass
     puts its draw before the scan, where nothing reads it.
     """
-    module = scan_shared()
-    rngs = make_rngs("params", "dropout")
-    trace = trace_draws(init_of(module), rngs, X)
-    assert [(d.stream, d.call) for d in trace.draws if d.stream == "dropout"] == [
-        ("dropout", 2)
-    ]
+    module, rngs = scan_shared(), make_rngs("params", "dropout")
+    trace = check_truth(init_of(module), rngs, X)
+    calls = [draw.call for draw in trace.draws if draw.stream == "dropout"]
+    assert calls == [2]
+
+
+def dead_at_the_top(rngs: Any, x: Any) -> Any:
+    jax.random.bits(rngs["dropout"])
+    return jax.random.bits(rngs["noise"])
+
+
+def dead_in_jit(rngs: Any, x: Any) -> Any:
+    def both(rngs: Any) -> Any:
+        return {name: jax.random.bits(key) for name, key in rngs.items()}
+
+    return jax.jit(both)(rngs)["noise"]
+
+
+def dead_in_scan(rngs: Any, x: Any) -> Any:
+    def body(carry: Any, _: Any) -> Any:
+        low, high = carry
+        low += jax.random.normal(rngs["noise"])
+        return (low, high + jax.random.normal(rngs["dropout"])), None
+
+    return jax.lax.scan(body, (0.0, 0.0), length=2)[0][0]
+
+
+@pytest.mark.parametrize(
+    "function", [dead_at_the_top, dead_in_jit, dead_in_scan], ids=lambda f: f.__name__
+)
+def test_dead_draws_are_not_listed(function: Any) -> None:
+    """The compiled program does not draw what no output depends on."""
+    trace = check_truth(function, make_rngs("dropout", "noise"), X)
+    assert [draw.stream for draw in trace.draws] == ["noise"]
 
 
 @pytest.mark.usefixtures("separator")

@@ -51,7 +51,7 @@ FOLD, CARRY = Rule
 ALL = frozenset(Coordinate)
 IMPLS = [str(impl) for impl in Impl]
 SEEDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
-STEPS_PER_EPOCH = 5
+STEPS_PER_EPOCH = 2
 
 
 def per(*coordinates: Coordinate, **rules: Rule) -> Frozen[Rule]:
@@ -106,12 +106,12 @@ def key_of(
 @pytest.mark.parametrize(
     ("name", "number"),
     [
-        ("dropout", 2953207649),
-        ("params", 216453362),
-        ("eval", 2885823934),
-        ("sample", 2950620071),
+        ("dropout", 457968169),
+        ("params", 2718651130),
+        ("eval", 465377092),
+        ("sample", 2938887137),
         ("", 3820012610),
-        ("é", 1255211430),
+        ("é", 1251562878),
     ],
 )
 def test_name_id(name: str, number: int) -> None:
@@ -184,8 +184,8 @@ def test_exact_words() -> None:
         assert words(jax.random.key(2**32 - 1)) == [0, 2**32 - 1]
         found = {name: key_of(spec, name, **at(3)) for name in streams}
     assert found == {
-        "dropout": [3387101711, 1690171336],
-        "noise": [3838105187, 1203577107],
+        "dropout": [973963574, 3032040930],
+        "noise": [3326660486, 421734308],
         "a": [1797259609, 2579123966],
         "b": [928981903, 3453687069],
     }
@@ -388,7 +388,7 @@ def test_base_keys(impl: str) -> None:
     assert words(other["noise"]) == words(jax.random.key(8, impl=impl))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", ["threefry2x32", "rbg"])
 @pytest.mark.parametrize("phase", [Phase.TRAIN, Phase.EVAL])
 @pytest.mark.parametrize("has_parts", [True, False])
 def test_make_rngs_under_jit(impl: str, phase: Phase, has_parts: bool) -> None:
@@ -401,7 +401,7 @@ def test_make_rngs_under_jit(impl: str, phase: Phase, has_parts: bool) -> None:
     )
     keys = derive_base_keys(plan, seeds={n: s.seed for n, s in plan.streams.items()})
     carried = {n: keys[n] for n in plan.carried()} if phase is Phase.TRAIN else {}
-    for step in range(7):
+    for step in range(3):
         for part in range(2) if has_parts else [None]:
             number = None if part is None else jnp.int32(part)
             found, after = derive(keys, carried, jnp.int32(step), number)
@@ -577,9 +577,9 @@ def test_rng_flags(impl: str, fails: bool) -> None:
 
 
 CANARY = {
-    "threefry2x32": "",
-    "rbg": "",
-    "unsafe_rbg": "",
+    "threefry2x32": "3bb44651bb7d0c5290f45e99370ba21b",
+    "rbg": "1dbd26952ee25b27bcd25a0fb63a5010",
+    "unsafe_rbg": "1dbd26952ee25b27bcd25a0fb63a5010",
 }
 
 

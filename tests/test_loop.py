@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The loop: on fake programs that count their calls, and on small real ones."""
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +15,15 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental.compilation_cache import compilation_cache
 
 from runner.data import BatchOrder, Dataset
 from runner.loop import Outcome, Snapshot, train
+from runner.platforms import set_compile_cache
 from runner.program import Construct
 from runner.records.events import EvalRecord, TrainRecord
 from runner.spec import RegressionSpec, RunSpec
+from runner.step import Batch
 
 Events = list[Any]
 
@@ -299,9 +304,10 @@ def test_host_waits_only_for_the_call_before_the_last(
 ) -> None:
     program = Fake(fake_spec(6, 1), construct=construct)
     list(train(program))
-    pairs = [(f"call {k + 1}", f"fetch {k}") for k in range(5)]
+    pairs = [(f"call {k + 1}", f"fetch {k}") for k in range(4)]
     rest = [word for pair in pairs for word in pair]
-    assert program.log == ["call 0", *rest, "eval 6", "fetch 5"]
+    last = ["call 5", "eval 6", "fetch 4", "fetch 5"]
+    assert program.log == ["call 0", *rest, *last]
 
 
 def test_evaluation_is_queued_before_the_host_waits(fake_spec: Any) -> None:
@@ -330,7 +336,7 @@ def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
     counts = [e.steps for e in events if isinstance(e, TrainRecord)]
     assert counts[0] == 8  # the first call is short, since nothing is known
     assert 150 <= max(counts) <= 512
-    assert max(b / a for a, b in zip(counts, counts[1:], strict=False)) <= 4
+    assert max(b / a for a, b in pairwise(counts)) <= 4
     assert counts[-2] <= 8
     assert sum(counts) == 3000
 
@@ -338,12 +344,35 @@ def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
 # --- real programs
 
 STEPS, EVERY_EVAL = 13, 5
-LOOP = ("model.features=[16]", "model.dropout_rate=0.5", "optimizer=adamw_cosine")
+LOOP = ("model.features=[16]", "model.dropout_rate=0.5")
 STEP = ("model=cnn", "model.channels=[2]", "model.features=[8]")
 LENGTHS = [("loop", n) for n in (1, 2, 3, 7, "auto", 50)]
 LENGTHS += [("step", n) for n in (3, "auto")]
 
 Compile = Callable[..., Any]
+
+
+@contextlib.contextmanager
+def compile_cache(directory: Path) -> Iterator[None]:
+    names = (
+        "jax_compilation_cache_dir",
+        "jax_persistent_cache_min_compile_time_secs",
+        "jax_persistent_cache_min_entry_size_bytes",
+    )
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    set_compile_cache(str(directory))
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Of what the programs here share; warm or cold, bits are the same."""
+    with compile_cache(tmp_path_factory.mktemp("cache")):
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +386,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 @pytest.fixture(scope="module")
-def compile_(make_spec: Any, data: tuple[str, str]) -> Compile:
+def compile_(make_spec: Any, data: tuple[str, str], cache: None) -> Compile:
     from runner.compile import compile_run
 
     def compile_(*overrides: str) -> Any:
@@ -437,28 +466,20 @@ def test_snapshot_is_the_state_of_its_step(reference: Any) -> None:
     assert list(shots) == [3, 6, 9, 12]
     assert rows_of(events) == rows_of(reference("loop")[1])
     for step, bits in shots.items():
-        taken: Events = []
-        stopped = often_until(program, step)
-        *taken, outcome = train(stopped)
-        assert outcome.step == step
-        assert to_bits(outcome.state) == bits
+        assert to_bits(state_after(program, step)) == bits
 
 
-def often_until(program: Any, steps: int) -> Any:
-    """The same compiled calls, for fewer steps."""
-    spec = program.spec
-    short = replace(program, spec=replace(spec, train=replace(spec.train, steps=steps)))
-    for name in ("train_call", "eval_call", "start"):
-        object.__setattr__(short, name, getattr(program, name))
-    object.__setattr__(short, "__class__", _window_of(program))
-    return short
-
-
-def _window_of(program: Any) -> type:
-    class Short(type(program)):  # type: ignore[misc]
-        window = program.window
-
-    return Short
+def state_after(program: Any, steps: int) -> Any:
+    """The state after so many calls of one step."""
+    state, keys, hypers = program.start()
+    held = jax.device_put(Batch(program.data.x_train, program.data.y_train))
+    for step in range(steps):
+        rows = np.zeros((program.window, program.order.batch_size), np.int32)
+        rows[0] = program.order.indices(step, steps=1)
+        window = {"first": np.int32(step), "rows": rows, "steps": np.int32(1)}
+        args = (jax.device_put(window), held, keys, hypers)
+        state, _, _ = program.train_call(state, *args)
+    return state
 
 
 @pytest.mark.promotes
@@ -468,8 +489,6 @@ def test_state_is_donated(reference: Any) -> None:
     x, y = program.data.x_train, program.data.y_train
     rows = np.zeros((program.window, 16), np.int32)
     window = {"first": np.int32(0), "rows": rows, "steps": np.int32(2)}
-    from runner.step import Batch
-
     held = jax.device_put(Batch(x, y))
     after, _, _ = program.train_call(state, window, held, keys, hypers)
     jax.block_until_ready(after)
@@ -540,16 +559,6 @@ CHANGES = [
 
 @pytest.mark.promotes
 def test_values_change_no_compiled_program(compile_: Compile, tmp_path: Path) -> None:
-    from jax.experimental.compilation_cache import compilation_cache
-
-    from runner.platforms import set_compile_cache
-
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = {name: getattr(jax.config, name) for name in names}
     base = ("model.features=[4]", "optimizer=adamw", "train.steps_per_call=4")
     base += ("train.clip_norm=1", "train.max_norm=2", "+rng.streams.dropout.seed=9")
 
@@ -561,19 +570,13 @@ def test_values_change_no_compiled_program(compile_: Compile, tmp_path: Path) ->
         assert program.eval_call
         return {p.name for p in tmp_path.iterdir() if p.name.endswith("-cache")}
 
-    compilation_cache.reset_cache()
-    try:
-        set_compile_cache(str(tmp_path))
+    with compile_cache(tmp_path):
         first = entries()
         assert len([n for n in first if n.startswith(("jit_call", "jit_setup"))]) == 3
-        new = {c: entries(c.replace("seed=4", "seed=4")) - first for c in CHANGES}
-        assert new == {c: set() for c in CHANGES}
+        new = {change: entries(change) - first for change in CHANGES}
+        assert new == {change: set() for change in CHANGES}
         other = entries("train.steps_per_call=5") - first  # what does change one
         assert [n for n in other if n.startswith("jit_call")]
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 # --- non-finite
@@ -612,9 +615,8 @@ def test_failed_run_ends_after_the_failing_row(
     assert [step for step, *_ in evals_of(events)] == [2, 4, 6]
     state = outcome.state
     assert (int(state.step), int(state.failed)) == (6, 6)
-    *_, until = train(often_until(program, 6))
-    want = to_bits(until.state._replace(failed=np.int32(6)))
-    assert to_bits(state) == want
+    want = state_after(program, 6)._replace(failed=np.int32(6))
+    assert to_bits(state) == to_bits(want)
 
 
 # --- hypers that are constants
