@@ -32,7 +32,7 @@ class Dropout(nn.Module):
 
     - An array holds a float32, and 1 - p rounded is not always 1 - (p rounded): for
       p = 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7 they agree; for 0.6, 0.8, 0.9 the scale
-      is off by a rounding, and a mask entry differs about once in 10 million.
+      is off by a rounding, and at most every 8 millionth mask entry differs.
     - In a larger program XLA may fold a baked rate into other constants nearby (of
       a LayerNorm, a second dropout, a constant factor), and then rounds otherwise:
       there, compare runs only that both trace the rate, or both bake it.

@@ -29,15 +29,17 @@ def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
     def call(
         state: State, window: Mapping[str, Any], data: Batch, keys: Any, hypers: Any
     ) -> tuple[State, Any, Any]:
+        one_step = jax.jit(step, inline=True)  # traced once: for shapes and the loop
+
         def one(i: Any, carry: Any) -> Any:
             state, metrics = carry
             batch = take_rows(data, window["rows"][i])
-            state, new = step(state, batch, keys, hypers)
+            state, new = one_step(state, batch, keys, hypers)
             metrics = {name: metrics[name].at[i].set(new[name]) for name in metrics}
             return state, metrics
 
         batch = take_rows(data, window["rows"][0])
-        _, shapes = jax.eval_shape(step, state, batch, keys, hypers)
+        _, shapes = jax.eval_shape(one_step, state, batch, keys, hypers)
         size = window["rows"].shape[0]
         metrics = {name: jnp.zeros((size,), s.dtype) for name, s in shapes.items()}
         state, metrics = jax.lax.fori_loop(0, window["steps"], one, (state, metrics))

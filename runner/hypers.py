@@ -22,9 +22,9 @@ SWEPT = frozenset(
         "dropout_rate",
         "init_value",
         "learning_rate",
-        "noise_scale",
         "peak_value",
         "rate",
+        "scale",
         "weight_decay",
     }
 )
@@ -69,7 +69,8 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, float]]:
             is_number = isinstance(child, int | float) and not isinstance(child, bool)
             if key in SWEPT and is_number:
                 yield f"{path}.{key}", float(child)
-            yield from _walk(f"{path}.{key}", child)
+            if not key.endswith(("_init", "init_fn")):  # an initializer's numbers stay
+                yield from _walk(f"{path}.{key}", child)
     elif isinstance(value, tuple):
         for i, child in enumerate(value):
             yield from _walk(f"{path}[{i}]", child)

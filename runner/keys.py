@@ -29,6 +29,7 @@ __all__ = [
     "Op",
     "Stream",
     "advance_carry",
+    "base_key_words",
     "bind_ops",
     "derive_base_keys",
     "derive_key",
@@ -237,6 +238,18 @@ def derive_base_keys(
     }
 
 
+def base_key_words(plan: KeyPlan) -> dict[str, list[int]]:
+    """`key_words` of each stream's base key, by one compiled program."""
+
+    @jax.jit
+    def words(seeds: Any) -> dict[str, Array]:
+        keys = derive_base_keys(plan, seeds=seeds)
+        return {name: jax.random.key_data(key) for name, key in keys.items()}
+
+    seeds = {name: np.uint32(stream.seed) for name, stream in plan.streams.items()}
+    return {n: w.ravel().tolist() for n, w in jax.device_get(words(seeds)).items()}
+
+
 def make_rngs(
     plan: KeyPlan,
     *,
@@ -326,14 +339,19 @@ def rng_flags(rng: RngSpec) -> Iterator[None]:
 
 def draw_canary(impl: str) -> dict[str, str]:
     """Fixed draws of a fixed key as hex: tells a changed generator from a program."""
-    key = jax.random.key(np.uint32(20), impl=impl)
-    draws = {
-        "bits": jax.random.bits(key, (4,)),
-        "uniform": jax.random.uniform(key, (4,)),
-        "normal": jax.random.normal(key, (4,)),
-        "permutation": jax.random.permutation(key, 8),
-    }
-    return {name: np.asarray(draw).tobytes().hex() for name, draw in draws.items()}
+
+    @jax.jit  # one program: compiled one by one, the draws take twice as long
+    def draw(seed: Any) -> dict[str, Array]:
+        key = jax.random.key(seed, impl=impl)
+        return {
+            "bits": jax.random.bits(key, (4,)),
+            "uniform": jax.random.uniform(key, (4,)),
+            "normal": jax.random.normal(key, (4,)),
+            "permutation": jax.random.permutation(key, 8),
+        }
+
+    draws = jax.device_get(draw(np.uint32(20)))
+    return {name: values.tobytes().hex() for name, values in draws.items()}
 
 
 def _as_uint32(value: Any) -> Any:

@@ -11,7 +11,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.audit import Draw
-from runner.keys import Op, bind_ops, derive_key, host_words, key_words, rng_flags
+from runner.keys import (
+    Op,
+    base_key_words,
+    bind_ops,
+    derive_key,
+    host_words,
+    key_words,
+    rng_flags,
+)
 from runner.program import Program
 from runner.records.events import StreamRow
 from runner.spec import Coordinate, Phase, RngSpec, StreamKind
@@ -38,6 +46,8 @@ def make_ledger(program: Program) -> dict[str, Any]:
         "eval_batches": program.eval_batches,
         "eval_every": spec.eval.every,
     }
+    with rng_flags(spec.rng):
+        keys = base_key_words(plan)
     return {
         "schema": SCHEMA,
         "experiment": spec.experiment,
@@ -48,7 +58,7 @@ def make_ledger(program: Program) -> dict[str, Any]:
             "fix_separator": spec.rng.fix_separator,
         },
         "sizes": sizes,
-        "streams": [_stream_row(program, name) for name in plan.streams],
+        "streams": [_stream_row(program, name, keys) for name in plan.streams],
         "draws": [
             _draw_row(program, phase, draws)
             for phase, trace in program.traces.items()
@@ -57,7 +67,9 @@ def make_ledger(program: Program) -> dict[str, Any]:
     }
 
 
-def _stream_row(program: Program, name: str) -> dict[str, Any]:
+def _stream_row(
+    program: Program, name: str, keys: Mapping[str, list[int]]
+) -> dict[str, Any]:
     stream = program.plan.streams[name]
     row: dict[str, Any] = {
         "name": name,
@@ -72,10 +84,8 @@ def _stream_row(program: Program, name: str) -> dict[str, Any]:
         used_by = [f for f in ("shuffle", "split") if getattr(data, f, None) == name]
         row["used_by"] = [f"data.{field}" for field in used_by]
         return {**row, "bit_generator": "Philox", "spawn_key": host_words(stream)}
-    with rng_flags(program.spec.rng):
-        base = derive_key(stream.base, impl=program.plan.impl)
     ops = [_op_row(op) for op in stream.base]
-    return {**row, "derivation": ops, "key": key_words(base)}
+    return {**row, "derivation": ops, "key": keys[name]}
 
 
 def _same_key(draws: tuple[Draw, ...]) -> Iterator[list[Draw]]:

@@ -57,13 +57,11 @@ def test_the_contracts_groups_are_there() -> None:
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_file_is_yaml_with_a_header(path: Path) -> None:
+def test_file_is_yaml(path: Path) -> None:
     text = (CONF_DIR / path).read_text()
     assert text.endswith("\n")
     assert "\t" not in text
     assert isinstance(yaml.safe_load(text), dict)
-    if path.parts[0] != "hydra":
-        assert text.startswith("# ")
     assert max(map(len, text.splitlines())) <= 130
 
 

@@ -142,7 +142,7 @@ def test_dropout_traced_rate(rate, dtype):
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 def test_dropout_lanes(dtype):
     alone = drop_jit(nn.Dropout, round_to_float32(RATES), dtype).values()
-    stacked = jax.tree.map(lambda *lanes: jnp.stack(lanes), *alone)
+    stacked = jax.tree.map(lambda *lanes: np.stack(lanes), *jax.device_get([*alone]))
     x, rates = values(40, 50, dtype=dtype), jnp.array(RATES)
     assert_same(jax.jit(jax.vmap(traced, (None, 0)))(x, rates), stacked)
     mapped = jax.jit(lambda x, rates: lax.map(lambda rate: traced(x, rate), rates))
@@ -164,7 +164,7 @@ def test_dropout_any_traced_rate(rate):
     assert abs((1 - np.float32(rate)) - np.float32(1 - rate)) <= 2**-24
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(rate=st.floats(0, 1, width=32))
 def test_dropout_any_traced_rate_gradient(rate):
     x = values(11, 7)
@@ -336,10 +336,12 @@ def test_dropout_at_any_path():
         return Nest(kind, rate).init_with_output(rngs("params", "dropout"), x)
 
     x, rate = values(6, 8), jnp.float32(0.3)
+    # One program, not only one result: for rates that Flax does not special-case.
     ours, theirs = (
-        jax.jit(functools.partial(run, kind, 0.3))(x) for kind in (Dropout, nn.Dropout)
+        str(jax.make_jaxpr(functools.partial(run, kind, 0.3))(x))
+        for kind in (Dropout, nn.Dropout)
     )
-    assert_same(ours, theirs)
+    assert ours == theirs
     by_hand = draws(functools.partial(run, nn.Dropout, 0.3), x)
     assert draws(functools.partial(run, Dropout), rate, x) == by_hand
 
@@ -669,8 +671,6 @@ def with_traced_rate(name: str) -> Callable[..., Any]:
     ("name", "dtype"),
     [
         ("mlp", jnp.float32),
-        ("mlp", jnp.bfloat16),
-        ("block", jnp.float32),
         ("block", jnp.bfloat16),
         ("block width", jnp.float32),
     ],
@@ -695,15 +695,16 @@ def test_model_by_hand_jit(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_model_traces_as_by_hand(name):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_model_traces_as_by_hand(name, dtype):
     def run(module, x):
         y, params = module.init_with_output(rngs(), x, deterministic=True)
         return y, value_and_grad(module, x, params)
 
     ours, hand, shape = MODELS[name]
     traces = (
-        str(jax.make_jaxpr(functools.partial(run, module))(values(*shape)))
-        for module in (ours(dropout_rate=0.3), hand(0.3))
+        str(jax.make_jaxpr(functools.partial(run, module))(values(*shape, dtype=dtype)))
+        for module in (ours(dropout_rate=0.3, dtype=dtype), hand(0.3, dtype=dtype))
     )
     assert next(traces) == next(traces)
 
@@ -719,7 +720,7 @@ def test_model_lanes_of_traced_rates(name):
     x, params, _ = by_hand(name)
     rates, run = jnp.array([0.0, 0.1, 0.6, 0.9]), with_traced_rate(name)
     lanes = jax.jit(lambda *args: lax.map(lambda rate: run(rate, *args), rates))
-    lanes = lanes(x, params)
+    lanes = jax.device_get(lanes(x, params))
     for i, rate in enumerate(rates):
         lane = jax.tree.map(lambda leaf, i=i: leaf[i], lanes)
         assert_same(lane, run(rate, x, params))

@@ -16,7 +16,7 @@ from runner.tasks import make_task
 
 CLASSES = make_task(ClassificationSpec())
 VALUES = make_task(RegressionSpec())
-LABELS = np.array([0, 3, 2, 3, 1], np.int32)
+LABELS = np.array([2, 3, 2, 1, 1], np.int32)
 
 
 def logits() -> np.ndarray:
@@ -44,7 +44,7 @@ def test_class_metrics() -> None:
     np.testing.assert_allclose(found["loss"], -np.log(p[range(5), LABELS]), rtol=1e-5)
     right = (wide.argmax(axis=1) == LABELS).astype(np.float32)
     assert found["accuracy"].tolist() == right.tolist()
-    assert 0 < right.sum() < 5
+    assert 0 < right.sum() < 5  # neither all nor none
     assert set(found) == set(ClassificationSpec.metrics)
 
 

@@ -1,0 +1,324 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a declared model is called: flags, collections, streams, mistakes."""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from runner.errors import ConfigError, RunnerError, UnknownStreamError
+from runner.keys import derive_base_keys, plan_keys
+from runner.model import Model, split_variables, trace_model
+from runner.parse import Node, freeze
+from runner.spec import Phase, RngSpec, StreamSpec
+
+PACKAGE = "lab_of_test_model"
+X = jax.ShapeDtypeStruct((4, 3), jnp.float32)
+ALL = (Phase.INIT, Phase.TRAIN, Phase.EVAL)
+
+
+class Flags(nn.Module):
+    """Outputs the flag that it was called with, as 1 or 0."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return x
+
+
+class Deterministic(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, deterministic: bool) -> Any:
+        return jnp.full((), 1.0 if deterministic else 0.0)
+
+
+class Train(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, *, train: bool = False) -> Any:
+        return jnp.full((), 0.0 if train else 1.0)
+
+
+class Training(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, training: bool) -> Any:
+        return jnp.full((), 0.0 if training else 1.0)
+
+
+class Both(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, deterministic: bool, train: bool) -> Any:
+        assert deterministic is not train
+        return jnp.full((), 1.0 if deterministic else 0.0)
+
+
+class Draws(nn.Module):
+    stream: str = "noise"
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.Dense(2)(x) + jax.random.normal(self.make_rng(self.stream), ())
+
+
+class Offset(nn.Module):
+    """A parameter that is initialised from another stream."""
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        value = self.variable(
+            "offsets", "value", lambda: jax.random.normal(self.make_rng("noise"), ())
+        )
+        return nn.Dense(2)(x) + value.value
+
+
+class Outer(nn.Module):
+    stream: str = "noise"
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return Draws(self.stream, name="inner")(x)
+
+
+class DrawsInTraining(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        y = nn.Dense(2)(x)
+        return y + jax.random.normal(self.make_rng("noise"), ()) if train else y
+
+
+class Raises(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        raise ValueError("first line\nsecond line")
+
+
+class Branches(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return -x if x.sum() > 0 else x
+
+
+class Counts(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any, train: bool) -> Any:
+        seen = self.variable("counts", "seen", lambda: jnp.int32(0))
+        if train:
+            seen.value = seen.value + 1
+        self.sow("intermediates", "x", x)
+        return nn.Dense(2)(x)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lab() -> Iterator[None]:
+    """A trusted package of the user's: the classes above."""
+    package = ModuleType(PACKAGE)
+    for name, value in list(globals().items()):
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            value.__module__ = PACKAGE
+            setattr(package, name, value)
+    sys.modules[PACKAGE] = package
+    yield
+    del sys.modules[PACKAGE]
+
+
+def model(name: str, **arguments: Any) -> Model:
+    node = {"_target_": f"{PACKAGE}.{name}", **arguments}
+    return Model(Node(freeze(node, path="model")), (PACKAGE,))
+
+
+def trace(
+    made: Model, fallback: str = "error", hypers: Any = None, **streams: StreamSpec
+) -> Any:
+    streams = {"params": StreamSpec((Phase.INIT,)), **streams}
+    plan = plan_keys(RngSpec(streams={k: v for k, v in streams.items() if v}))
+    seeds = dict.fromkeys(plan.streams, jax.ShapeDtypeStruct((), jnp.uint32))
+    keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
+    return trace_model(
+        made, plan=plan, fallback=fallback, x=X, keys=keys, hypers=hypers or {}
+    )
+
+
+def refusal(call: Callable[[], Any], kind: type[RunnerError] = ConfigError) -> str:
+    with pytest.raises(kind) as caught:
+        call()
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+# --- calls
+
+
+@pytest.mark.parametrize("name", ["Deterministic", "Train", "Training", "Both"])
+def test_flags(name: str) -> None:
+    made, x = model(name), jnp.zeros((4, 3))
+    outputs = {
+        train: float(made.apply({"params": {}}, x, {}, {}, train=train)[0])
+        for train in (True, False)
+    }
+    assert outputs == {True: 0.0, False: 1.0}
+    made.init({"params": jax.random.key(0)}, x, {})
+
+
+def test_model_without_a_flag() -> None:
+    outputs, rest = model("Flags").apply(
+        {"params": {}}, jnp.ones(3), {}, {}, train=True
+    )
+    assert outputs.tolist() == [1, 1, 1]
+    assert rest == {}
+
+
+def test_collections_change_in_training_alone() -> None:
+    made, x = model("Counts"), jnp.ones((4, 3))
+    variables = made.init({"params": jax.random.key(0)}, x, {})
+    params, rest = split_variables(variables)
+    assert set(variables) == {"params", "counts"}  # what is sown is not carried
+    assert "params" not in rest
+    _, after = made.apply(variables, x, {}, {}, train=True)
+    _, evaluated = made.apply({"params": params, **after}, x, {}, {}, train=False)
+    assert int(rest["counts"]["seen"]) == 0
+    assert int(after["counts"]["seen"]) == int(evaluated["counts"]["seen"]) == 1
+    assert set(after) == {"counts"}
+
+
+def test_hypers_stand_in_their_places() -> None:
+    layers = [
+        {"_target_": "models.Dropout", "rate": 0.5},
+        {"_target_": "models.Dropout", "rate": 0.5},
+    ]
+    node = {"rate": 0.1, "module": {"_target_": "models.Sequential", "layers": layers}}
+    made = Model(Node(freeze(node, path="model")), ())
+    built = made.build({"model.module.layers[1].rate": 0.25})
+    assert [layer.rate for layer in built.layers] == [0.5, 0.25]
+
+
+def test_split_variables() -> None:
+    assert split_variables({"params": 1, "a": 2}) == (1, {"a": 2})
+    assert split_variables({"a": 2}) == ({}, {"a": 2})
+
+
+# --- streams
+
+
+def test_undeclared_stream() -> None:
+    text = refusal(lambda: trace(model("Outer")), UnknownStreamError)
+    assert "'noise'" in text
+    assert "inner draws from it in init" in text
+    assert "declared: params" in text
+    assert "+rng.streams.noise=" in text
+
+
+def test_undeclared_stream_with_a_near_name() -> None:
+    text = refusal(
+        lambda: trace(model("Draws", stream="nois"), noise=StreamSpec(ALL)),
+        UnknownStreamError,
+    )
+    assert "Did you mean 'noise'?" in text
+    assert "the model itself draws from it" in text
+
+
+def test_undeclared_stream_in_training() -> None:
+    text = refusal(lambda: trace(model("DrawsInTraining")), UnknownStreamError)
+    assert "draws from it in train" in text
+    assert "phases: [train]" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [("Offset", Phase.INIT), ("Draws", Phase.TRAIN), ("Draws", Phase.EVAL)],
+)
+def test_phase_that_is_left_out(name: str, left_out: Phase) -> None:
+    phases = tuple(p for p in ALL if p is not left_out)
+    text = refusal(lambda: trace(model(name), noise=StreamSpec(phases)))
+    assert text.startswith(f"rng.streams.noise.phases: must include {left_out} (got [")
+    assert "draws from it in" in text
+
+
+def test_draw_in_init_that_no_variable_depends_on() -> None:
+    """It is not run, so it needs no stream in `init`, and moves no other key."""
+    without = trace(model("Draws"), noise=StreamSpec((Phase.TRAIN, Phase.EVAL)))
+    assert {draw.stream for draw in without[Phase.INIT].draws} == {"params"}
+    assert without[Phase.INIT].missing == ()
+
+
+def test_no_params_stream() -> None:
+    """Flax names `params` itself here: there is nothing to fall back to."""
+    text = refusal(
+        lambda: trace(model("Draws"), params=None, noise=StreamSpec(ALL)),
+        UnknownStreamError,
+    )
+    assert "'params'" in text
+
+
+def test_params_drawn_in_training() -> None:
+    text = refusal(lambda: trace(model("Draws", stream="params")))
+    assert "must include train" in text
+
+
+def test_fallback_to_params() -> None:
+    """As in Flax: a key of `params`, whose counter it moves."""
+    params = StreamSpec(ALL)
+    text = refusal(lambda: trace(model("Draws"), params=params), UnknownStreamError)
+    assert "'noise'" in text
+    traces = trace(model("Draws"), "params", params=params)
+    for phase in ALL:
+        assert {draw.stream for draw in traces[phase].draws} == {"params"}
+    assert traces[Phase.TRAIN].missing[0].stream == "noise"
+
+
+def test_fallback_needs_params_in_that_phase() -> None:
+    text = refusal(lambda: trace(model("Draws"), "params"), UnknownStreamError)
+    assert "draws from it in train" in text
+
+
+def test_declared_streams_are_drawn_from() -> None:
+    traces = trace(model("Outer"), noise=StreamSpec(ALL))
+    for phase in (Phase.TRAIN, Phase.EVAL):
+        (draw,) = traces[phase].draws
+        assert (draw.stream, draw.path) == ("noise", ("inner",))
+    offset = trace(model("Offset"), noise=StreamSpec((Phase.INIT,)))
+    assert {d.stream for d in offset[Phase.INIT].draws} == {"noise", "params"}
+    assert offset[Phase.TRAIN].draws == offset[Phase.EVAL].draws == ()
+
+
+# --- mistakes
+
+
+def test_code_that_raises() -> None:
+    text = refusal(lambda: trace(model("Raises")))
+    assert text.startswith("model: its code raised ValueError in init: first line.")
+    assert "x of shape (4, 3)" in text
+
+
+def test_arguments_that_are_wrong() -> None:
+    refusal(lambda: trace(model("Draws", steam="noise")))
+
+
+@pytest.mark.promotes
+def test_code_that_branches_on_data(make_spec: Any) -> None:
+    """Python can't know a traced value: the model's mistake, so one line."""
+    from runner.compile import compile_run
+
+    spec = replace(make_spec(f"trusted=[{PACKAGE}]"), model=model("Branches").node)
+    text = refusal(lambda: compile_run(spec))
+    assert "model" in text
+
+
+def test_traced_model_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = Draws.__call__
+
+    def spy(self: Any, x: Any) -> Any:
+        seen.append(type(x))
+        return original(self, x)
+
+    monkeypatch.setattr(Draws, "__call__", spy)
+    trace(model("Draws"), noise=StreamSpec(ALL))
+    assert seen
+    assert not any(issubclass(kind, np.ndarray) for kind in seen)
+    assert not any(kind is type(jnp.zeros(())) for kind in seen)
