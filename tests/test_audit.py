@@ -896,7 +896,6 @@ UNTRACED = [
     (strided_keys, "passed through"),
     (reshaped_keys, "passed through reshape"),
     (split_shape, "split into an array of several dimensions"),
-    (transposed_keys, "passed through transpose"),
     (part_of_split, "an axis over a part of a split"),
     (swapped_words, "passed through rev"),
     (drawn_key, "its key has no known source"),
@@ -926,7 +925,7 @@ def test_untraced_is_said(function: Any, why: str) -> None:
 
 @pytest.mark.parametrize(
     "function",
-    [word_of_key, words_of_split, head_of_split, scan_of_constant],
+    [word_of_key, words_of_split, head_of_split, scan_of_constant, transposed_keys],
     ids=lambda f: f.__name__,
 )
 def test_traced_or_said(function: Any) -> None:

@@ -646,7 +646,7 @@ def test_regression_on_a_table(make_spec: Any, tmp_path: Path) -> None:
     assert_same(ours.initial, theirs.initial)
     assert_same(ours.losses, theirs.losses)
     assert_same(ours.params, theirs.params)
-    assert ours.eval == theirs.eval
+    assert ours.eval == pytest.approx(theirs.eval, rel=1e-6)  # rows by hand: whole
 
 
 # --- keys

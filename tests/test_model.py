@@ -113,6 +113,15 @@ class Counts(nn.Module):
         return nn.Dense(2)(x)
 
 
+class CountsAlways(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        seen = self.variable("counts", "seen", lambda: jnp.int32(0))
+        if not self.is_initializing():
+            seen.value = seen.value + 1
+        return nn.Dense(2)(x)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def lab() -> Iterator[None]:
     """A trusted package of the user's: the classes above."""
@@ -293,6 +302,11 @@ def test_code_that_raises() -> None:
     text = refusal(lambda: trace(model("Raises")))
     assert text.startswith("model: its code raised ValueError in init: first line.")
     assert "x of shape (4, 3)" in text
+
+
+def test_collection_that_an_evaluation_would_change() -> None:
+    text = refusal(lambda: trace(model("CountsAlways")))
+    assert "ModifyScopeVariableError in eval" in text
 
 
 def test_arguments_that_are_wrong() -> None:

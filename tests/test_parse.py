@@ -412,7 +412,12 @@ def test_annotated_bounds_of_ones_own() -> None:
 
 # Frozen mappings ------------------------------------------------------------------
 
-scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False)
+scalars = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+)
 plain = st.recursive(
     scalars | st.text(max_size=5).filter(lambda s: s != "???"),
     lambda inner: (

@@ -241,7 +241,7 @@ leaves = st.sampled_from(KINDS).flatmap(
 def test_leaves_digest_names_kinds_shapes_and_bytes(named: dict[str, Any]) -> None:
     whole = digest_leaves(named)
     assert digest_leaves(dict(reversed(named.items()))) == whole
-    assert digest_leaves({k: np.asfortranarray(v) for k, v in named.items()}) == whole
+    assert digest_leaves({k: np.array(v, order="F") for k, v in named.items()}) == whole
     assert digest_leaves({**named, "new": np.zeros(0)}) != whole
     for name, leaf in named.items():
         rest = {k: v for k, v in named.items() if k != name}
@@ -494,11 +494,10 @@ def test_what_is_no_secret_is_left_alone(config: dict[str, Any]) -> None:
 @calm
 @given(secret_texts, secret_texts)
 def test_a_secret_within_a_secret_goes_as_well(one: str, two: str) -> None:
-    config = {"a_key": one, "b_key": one + two}
+    config = {"a_key": one, "b_key": f"{one}{two}", "c_key": f"{two}{one}"}
     secrets = find_secrets(config, config)
-    text = secrets.blot(f"{one + two} and {one}")
-    if one not in f"{SECRET} and {SECRET}":
-        assert one not in text
+    assert secrets.blot(f"{one}{two}") == SECRET
+    assert secrets.blot(f"{two}{one}") == SECRET
 
 
 @pytest.mark.parametrize(

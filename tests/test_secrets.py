@@ -34,7 +34,8 @@ SECRETS = {
 def spellings(secret: str) -> set[bytes]:
     """A secret as a file may spell it."""
     texts = {secret, json.dumps(secret)[1:-1], repr(secret)[1:-1]}
-    texts |= {yaml.safe_dump(secret).strip(), secret.replace("'", "''")}
+    texts |= {yaml.safe_dump(secret).removesuffix("\n...\n").strip()}
+    texts |= {secret.replace("'", "''")}
     texts |= {secret.replace("\\", "\\\\").replace("'", "\\'")}
     if " " in secret:
         texts |= {part for part in secret.split(" ") if len(part) > 9}
@@ -46,6 +47,8 @@ def leaks(home: Path, *said: str, secrets: dict[str, str]) -> list[str]:
     files = [path for path in home.rglob("*") if path.is_file()]
     contents = {str(path.relative_to(home)): path.read_bytes() for path in files}
     contents |= {f"said {i}": text.encode() for i, text in enumerate(said)}
+    # A line may be folded anywhere.
+    contents = {k: v + b"\n" + b" ".join(v.split()) for k, v in contents.items()}
     contents |= {f"name {path}": str(path).encode() for path in contents}
     return [
         f"{name} in {where}"

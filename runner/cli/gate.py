@@ -13,6 +13,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from runner.errors import ConfigError
+
 if TYPE_CHECKING:
     from runner.cli.train import Prepared
 
@@ -54,6 +56,31 @@ class Gate(Callback):
             raise Refused(error) from error
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(directory)
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Takes secrets out of what Hydra writes as `multirun.yaml`.
+
+        The jobs are composed again from the files, so they keep theirs.
+
+        Raises:
+            Refused: one stands on the command line, which is written as it is.
+        """
+        from runner.records.secrets import find_secrets
+
+        raw = OmegaConf.to_container(_job_config(config), resolve=False)
+        secrets = find_secrets(raw, raw)
+        with read_write(config), open_dict(config):
+            for path, shown in secrets.shown.items():
+                OmegaConf.update(config, path, shown)
+        for override in config.hydra.overrides.task:
+            if secrets.blot(override) != override:
+                raise Refused(
+                    ConfigError(
+                        override.lstrip("+").partition("=")[0],
+                        "a secret in a sweep's overrides would be in multirun.yaml",
+                        fix="Put it into the environment, and say ${oc.env:NAME}",
+                    )
+                )
 
 
 def _job_config(config: DictConfig) -> DictConfig:
