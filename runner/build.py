@@ -34,6 +34,7 @@ __all__ = ["build_module", "build_optimizer"]
 
 _KEYS = ("_target_", "_args_", "_partial_")
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
+_WORDS = {"Callable": "function", "Mapping": "mapping", "NoneType": "null"}
 
 
 def build_module(node: Any, *, path: str, trusted: tuple[str, ...]) -> nn.Module:
@@ -273,4 +274,4 @@ def _spell(hint: Any) -> str:
     if _is_float(origin):
         return "float"
     name = getattr(origin, "__name__", str(hint))
-    return {"Callable": "function", "NoneType": "null"}.get(name, name)
+    return _WORDS.get(name, name)

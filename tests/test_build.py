@@ -34,6 +34,7 @@ ADAM = {"_target_": "optax.adam", "learning_rate": 0.1}
 MYLAB = '''
 """A package of a user's."""
 import functools, os
+from collections.abc import Mapping, Sequence
 from os import system as alias_to_os_system
 from subprocess import run
 from typing import TYPE_CHECKING, Any, Literal
@@ -59,6 +60,14 @@ class Net(nn.Module):
     @nn.compact
     def __call__(self, x):
         return self.act(self.block(features=self.features)(x))
+
+class Silent(nn.Module):
+    """Has no `__call__`."""
+
+class Hinted(nn.Module):
+    part: nn.Module | None = None
+    rates: Sequence[float] = ()
+    table: Mapping[str, int] | None = None
 
 class Plain:
     def __init__(self, size: int) -> None:
@@ -346,6 +355,17 @@ def test_leaves_pass_untouched(mylab: Any) -> None:
     assert made["a"] == (1, 2.5, None, True, "x")
     assert isinstance(made["b"]["c"], nn.Dense)
     assert made[3] is array
+
+
+def test_hints_let_modules_arrays_and_mappings_through(mylab: Any) -> None:
+    rates = jnp.ones(2)
+    node = target(
+        "mylab.Hinted", part=target("mylab.Silent"), rates=rates, table={"a": 1}
+    )
+    made: Any = build_module(node, path="model", trusted=mylab)
+    assert type(made.part).__name__ == "Silent"
+    assert made.rates is rates
+    assert made.table == {"a": 1}
 
 
 # --- optimizers that are built ----------------------------------------------------
@@ -764,6 +784,10 @@ REFUSED_OPTIMIZERS = {
     "link of a chain": (
         target("optax.chain", _args_=[ADAM, 3]),
         "optimizer._args_[1]: must be GradientTransformation for chain (got 3)."),
+    "keyword of a chain": (
+        target("optax.chain", first=ADAM),
+        "optimizer.first: not an argument of chain (got 'first'). "
+        "Signature: chain(*args)."),
     "failing": (
         {**ADAM, "learning_rate": target(
             "optax.cosine_decay_schedule", init_value=0.1, decay_steps=0)},
@@ -834,6 +858,15 @@ REFUSED_OF_MYLAB = {
     "failing": (
         target("mylab.Failing"),
         "model: Failing failed with ValueError: first line."),
+    "list for mapping": (
+        target("mylab.Hinted", table=[1]),
+        "model.table: must be mapping | null for Hinted (got (1,))."),
+    "mapping for sequence": (
+        target("mylab.Hinted", rates={"a": 1}),
+        "model.rates: must be list of float for Hinted (got {'a': 1})."),
+    "str for module": (
+        target("mylab.Hinted", part="a"),
+        "model.part: must be Module | null for Hinted (got 'a')."),
     "Hydra's other keys": (
         target("mylab.anything", _recursive_=False),
         "model._recursive_: not an argument of anything (got '_recursive_'). "

@@ -413,8 +413,10 @@ def train_by_yaml(make_spec: Any, *overrides: str) -> tuple[Any, Result]:
     common += ("train.steps_per_call=5", "eval.every=null")
     program = compile_run(make_spec(*common, *overrides))
     result = Result()
-    state, _, _ = program.start()
-    result.initial = jax.device_get({"params": state.params, **state.collections})
+    state, *rest = program.start()
+    variables = {"params": state.params, **state.collections}
+    result.initial = jax.tree.map(np.array, variables)  # copies: the state is donated
+    vars(program)["start"] = lambda: (state, *rest)  # not compiled a second time
     for event in train(program):
         if isinstance(event, TrainRecord):
             result.losses += list(event.metrics["loss"])

@@ -343,6 +343,7 @@ MIXED = {
     "dropout": StreamSpec(per=per(MICROBATCH, step=CARRY)),
     "noise": StreamSpec((Phase.TRAIN, Phase.EVAL), per=per(STEP), seed=7),
     "late": StreamSpec((Phase.EVAL,), per=per(step=CARRY)),
+    "epochal": StreamSpec((Phase.TRAIN, Phase.EVAL), per=per(EPOCH)),
     "shuffle": StreamSpec(kind=StreamKind.HOST, per=per(EPOCH)),
 }
 
@@ -350,8 +351,8 @@ MIXED = {
 def test_streams_of_a_phase() -> None:
     plan = plan_keys(rng(MIXED))
     assert list(plan.in_phase(Phase.INIT)) == ["params"]
-    assert list(plan.in_phase(Phase.TRAIN)) == ["dropout", "noise"]
-    assert list(plan.in_phase(Phase.EVAL)) == ["noise", "late"]
+    assert list(plan.in_phase(Phase.TRAIN)) == ["dropout", "noise", "epochal"]
+    assert list(plan.in_phase(Phase.EVAL)) == ["noise", "late", "epochal"]
     assert list(plan.in_phase(Phase.SAMPLE)) == []
     assert plan.carried() == ("dropout",)
     assert plan.streams["shuffle"].base == ()
@@ -363,7 +364,7 @@ def test_unknown_stream() -> None:
         plan.stream("dropuot")
     assert str(caught.value) == (
         "rng.streams.dropuot: not a declared stream (got 'dropuot'). "
-        "Declared: params, dropout, noise, late, shuffle. Did you mean 'dropout'?"
+        "Declared: params, dropout, noise, late, epochal, shuffle. Did you mean 'dropout'?"
     )
 
 
@@ -379,7 +380,7 @@ def test_base_keys(impl: str) -> None:
     plan = plan_keys(spec)
     seeds = {name: np.uint32(s.seed) for name, s in plan.streams.items()}
     keys = jax.jit(lambda s: derive_base_keys(plan, seeds=s))(seeds)
-    assert sorted(keys) == ["dropout", "late", "noise", "params"]
+    assert sorted(keys) == ["dropout", "epochal", "late", "noise", "params"]
     for name, key in keys.items():
         eager = derive_key(plan.streams[name].base, impl=impl)
         assert words(key) == words(eager)
