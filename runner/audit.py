@@ -123,7 +123,7 @@ def _watch_make_rng() -> Iterator[_Calls]:
 
     def make_rng(self: Scope, name: str = "params") -> Any:
         used = name if self.has_rng(name) else "params"
-        if used != name:
+        if used != name or not self.has_rng(used):
             calls.missing.append(Missing(name, tuple(self.path)))
         key = original(self, name)
         count = self.rng_counters[used]

@@ -30,7 +30,13 @@ from runner.targets import Target, Use, first_line, resolve_target
 if typing.TYPE_CHECKING:
     import optax
 
-__all__ = ["build_module", "build_optimizer"]
+__all__ = ["NEEDS_VALUE", "build_module", "build_optimizer"]
+
+NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+)
+"""What Python code raises that must know the value of a traced number."""
 
 _KEYS = ("_target_", "_args_", "_partial_")
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -212,6 +218,8 @@ def _parse_dtype(name: str, *, path: str) -> np.dtype[Any]:
 def _call(target: Target, args: list[Any], kwargs: dict[str, Any], path: str) -> Any:
     try:
         made = target.object(*args, **kwargs)
+    except NEEDS_VALUE:
+        raise  # `runner.compile` makes the number that it is about a constant
     except Exception as error:
         rule = f"{target.name} failed with {first_line(error)}"
         raise TargetError(path, rule) from error

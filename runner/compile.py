@@ -8,12 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from runner.audit import Trace
+from runner.build import NEEDS_VALUE
 from runner.data import BatchOrder, Dataset, load_data
+from runner.errors import ConfigError, RunnerError
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys, rng_flags
 from runner.model import Model, split_variables, trace_model
 from runner.program import Program, build_run_optimizer, hyper_shapes
 from runner.spec import Phase, RunSpec
+from runner.targets import first_line
 from runner.tasks import make_task
 
 __all__ = ["compile_run"]
@@ -37,8 +40,10 @@ def compile_run(spec: RunSpec) -> Program:
 
         candidates = find_hypers(spec)
         hypers, traces = _trace_with_most(trace, candidates)
-        outputs, _ = traces[Phase.EVAL].outputs
-        make_task(spec.task).check(outputs, data.y_train, data.classes)
+        for phase in (Phase.TRAIN, Phase.EVAL):
+            outputs, _ = traces[phase].outputs
+            make_task(spec.task).check(outputs, data.y_train, data.classes)
+        _check_collections(traces)
         return Program(
             spec=spec,
             plan=plan,
@@ -83,8 +88,30 @@ def _trace(
         state = optimizer.init(params)
         return optimizer.update(params, state, params, value=jnp.float32(0))
 
-    jax.eval_shape(update, params, hypers)
+    try:
+        jax.eval_shape(update, params, hypers)
+    except (RunnerError, *NEEDS_VALUE):
+        raise
+    except Exception as error:
+        raise ConfigError(
+            "optimizer",
+            f"its update raised {first_line(error)}",
+            allowed="It is given gradients, its state, the parameters and the loss",
+        ) from error
     return traces
+
+
+def _check_collections(traces: Mapping[Phase, Trace]) -> None:
+    _, before = split_variables(traces[Phase.INIT].outputs)
+    _, after = traces[Phase.TRAIN].outputs
+    trees = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (before, after)]
+    if trees[0] != trees[1]:
+        raise ConfigError(
+            "model",
+            "its collections must keep their shapes in training",
+            got=trees[1],
+            allowed=f"As initialised: {trees[0]}",
+        )
 
 
 def _trace_with_most(
@@ -96,12 +123,19 @@ def _trace_with_most(
     """
     try:
         return dict(candidates), trace(candidates)
-    except jax.errors.ConcretizationTypeError:
-        taken = {}
+    except NEEDS_VALUE:
+        taken: dict[str, float] = {}
     for path, value in candidates.items():
         try:
             trace({path: value})
-        except jax.errors.ConcretizationTypeError:
+        except NEEDS_VALUE:
             continue
         taken[path] = value
-    return taken, trace(taken)
+    try:
+        return taken, trace(taken)
+    except NEEDS_VALUE as error:
+        raise ConfigError(
+            "model",
+            f"its Python code must know what the program computes: {first_line(error)}",
+            fix="Use jnp.where or jax.lax.cond instead of `if`",
+        ) from error

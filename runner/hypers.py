@@ -69,7 +69,9 @@ def _walk(path: str, value: Any) -> Iterator[tuple[str, float]]:
             is_number = isinstance(child, int | float) and not isinstance(child, bool)
             if key in SWEPT and is_number:
                 yield f"{path}.{key}", float(child)
-            if not key.endswith(("_init", "init_fn")):  # an initializer's numbers stay
+            if not str(key).endswith(
+                ("_init", "init_fn")
+            ):  # an initializer's numbers stay
                 yield from _walk(f"{path}.{key}", child)
     elif isinstance(value, tuple):
         for i, child in enumerate(value):

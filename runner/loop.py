@@ -71,7 +71,8 @@ class _Loop:
 
     def run(self) -> Iterator[TrainRecord | EvalRecord | Snapshot | Outcome]:
         state, self.keys, self.hypers = self.program.start()
-        call, _ = self.program.train_call, self.program.eval_call  # compiled here
+        call = self.program.calls.train
+        jax.block_until_ready(state)  # the clock is that of the steps alone
         step, begun, steps = 0, time.perf_counter(), self.spec.train.steps
         while step < steps and not self.reason:
             count = min(self.pace.steps, self._next_boundary(step) - step)
@@ -85,7 +86,8 @@ class _Loop:
             yield from self._fetch(leave=0 if waits else 1)
             if self._saves(step) and not self.reason:
                 yield from self._fetch(leave=0)
-                yield Snapshot(step, state)
+                if not self.reason:  # the fetch may have found a failure
+                    yield Snapshot(step, state)
             if self.stop() and not self.reason:
                 self.reason = _STOPPED
         yield from self._fetch(leave=0)
@@ -120,7 +122,7 @@ class _Loop:
                 "part": np.int32(part),
             }
             args = (state, window, self.test_data, self.keys, self.hypers)
-            sums = self.program.eval_call(sums, *args)
+            sums = self.program.calls.evaluate(sums, *args)
         return sums
 
     def _fetch(self, *, leave: int) -> Iterator[TrainRecord | EvalRecord]:
@@ -197,7 +199,7 @@ class _Best:
     def take(self, values: dict[str, float], step: int) -> bool:
         value = values[self.metric]
         gain = None if self.value is None else self.sign * (value - self.value)
-        if gain is None or gain > self.min_delta:
+        if not np.isnan(value) and (gain is None or gain > self.min_delta):
             self.value, self.since = value, 0
             return True
         self.since += 1

@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax
-import jax
 from flax import linen as nn
 from jaxtyping import Array, Key, PyTree
 
 from runner.audit import Missing, Trace, trace_draws
-from runner.build import build_module
+from runner.build import NEEDS_VALUE, build_module
 from runner.errors import ConfigError, RunnerError, UnknownStreamError, did_you_mean
 from runner.hypers import insert_hypers
 from runner.keys import KeyPlan
 from runner.parse import Node
 from runner.spec import Phase, RunSpec
+from runner.targets import first_line
 
 __all__ = ["Model", "split_variables", "trace_model"]
 
@@ -109,13 +109,13 @@ def trace_model(
         except flax.errors.InvalidRngError as error:
             _refuse(error.missing, plan, phase)  # type: ignore[attr-defined]
             raise
-        except (RunnerError, jax.errors.ConcretizationTypeError):
+        except (RunnerError, *NEEDS_VALUE):
             raise
         except Exception as error:
-            first = str(error).strip().partition("\n")[0]
+            kind, _, said = first_line(error).partition(": ")
             raise ConfigError(
                 "model",
-                f"its code raised {type(error).__name__} in {phase}: {first}",
+                f"its code raised {kind} in {phase}: {said}",
                 allowed=f"It was called with x of shape {x.shape}",
                 fix="HYDRA_FULL_ERROR=1 shows where",
             ) from error

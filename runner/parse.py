@@ -8,6 +8,7 @@ type: `Annotated[int, Bounds(...)]`.
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -55,16 +56,25 @@ class Frozen(Mapping[Any, V]):
 
     def __hash__(self) -> int:
         if self._hash is None:
-            self._hash = hash(tuple(self._data.items()))
+            self._hash = hash(_identity(self))
         return self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Mapping):
             return NotImplemented
-        return list(self.items()) == list(other.items())
+        return bool(_identity(self) == _identity(other))
 
     def __repr__(self) -> str:
         return repr(self._data)
+
+
+def _identity(value: Any) -> Any:
+    """What a value is told apart by: 1, 1.0 and True are three values in a config."""
+    if isinstance(value, Mapping):
+        return tuple((_identity(k), _identity(v)) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(map(_identity, value))
+    return ("str", str(value)) if isinstance(value, str) else (type(value), value)
 
 
 class Node(Frozen[Any]):
@@ -170,7 +180,8 @@ def _build_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
         others = [repr(w) for w in words] + ["null"] * (type(None) in hints)
         if not others or error.path != path:
             raise
-        allowed = " ".join(filter(None, [error.allowed, "Or: " + ", ".join(others)]))
+        either = [error.allowed, "Or: " + ", ".join(others)]
+        allowed = ". ".join(filter(None, either))
         raise ConfigError(
             path, error.rule, got=value, allowed=allowed, fix=error.fix
         ) from None
@@ -221,6 +232,8 @@ def freeze(value: Any, *, path: str) -> Any:
         return Frozen({k: freeze(v, path=_join(path, k)) for k, v in value.items()})
     if isinstance(value, list | tuple):
         return tuple(freeze(v, path=f"{path}[{i}]") for i, v in enumerate(value))
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(path, "must be finite", got=value)
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise ConfigError(path, "must be plain data", got=value)
@@ -232,14 +245,15 @@ def to_plain(value: Any) -> Any:
         names = [f.name for f in dataclasses.fields(value)]
         return {name: to_plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
-        return {str(k): to_plain(v) for k, v in value.items()}
+        return {to_plain(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, tuple):
         return [to_plain(v) for v in value]
     return str(value) if isinstance(value, StrEnum) else value
 
 
 def _scalar(hint: type, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    if hint is float and is_integer and abs(value) <= sys.float_info.max:
         value = float(value)
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise ConfigError(path, f"must be {_NAMES[hint]}", got=value)

@@ -6,10 +6,11 @@
 """
 
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,25 @@ class Construct(StrEnum):
 
     LOOP = "loop"
     STEP = "step"
+
+
+class Calls(NamedTuple):
+    """The compiled programs of a run.
+
+    Args:
+        setup: (seeds, hypers) to the state before step 0 and the base keys.
+        train: (state, window, data, keys, hypers) to state, metrics, and the first
+            step that was not finite. `window` is {first: step, rows: [steps,
+            batch_size], steps: count}. The construct `loop` takes `steps` steps and
+            returns metrics of shape [steps]; `step` takes one, and returns scalars.
+            The state is donated.
+        evaluate: (sums, state, at, data, keys, hypers) to sums of the metrics. `at`
+            is {rows: [rows], weights: [rows], part: number of the batch}.
+    """
+
+    setup: Callable[..., tuple[State, dict[str, Any]]]
+    train: Callable[..., tuple[State, Any, Any]]
+    evaluate: Callable[..., Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,18 +159,21 @@ class Program:
         """The state before step 0, the streams' base keys, and the hypers."""
         hypers = {path: jnp.asarray(value) for path, value in self.hypers.items()}
         seeds = {name: np.uint32(s.seed) for name, s in self.plan.streams.items()}
-        with rng_flags(self.spec.rng):
-            state, keys = jax.jit(make_setup(self))(seeds, hypers)
+        state, keys = self.calls.setup(seeds, hypers)
         return state, keys, hypers
 
     @cached_property
-    def train_call(self) -> Callable[..., tuple[State, Any, Any]]:
-        """Compiled: (state, window, data, keys, hypers) to state, metrics, failed.
+    def calls(self) -> Calls:
+        """The programs, compiled beside each other when first asked for."""
+        with rng_flags(self.spec.rng):  # they count while a program is traced
+            lowered = [self._lower_setup(), self._lower_train(), self._lower_eval()]
+        with ThreadPoolExecutor() as pool:
+            return Calls(*pool.map(lambda each: each.compile(), lowered))
 
-        `window` is {first: step, rows: [steps, batch_size], steps: count}. The
-        construct `loop` takes `steps` steps and returns metrics of shape [steps];
-        `step` takes one, and returns scalars. The state is donated.
-        """
+    def _lower_setup(self) -> Any:
+        return jax.jit(make_setup(self)).lower(self.seeds, hyper_shapes(self.hypers))
+
+    def _lower_train(self) -> Any:
         step = make_step(_make_parts(self, Phase.TRAIN))
         make = make_loop if self.construct is Construct.LOOP else make_single
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
@@ -158,17 +181,11 @@ class Program:
         rows = jax.ShapeDtypeStruct(shape, jnp.int32)
         window = {"first": scalar, "rows": rows, "steps": scalar}
         data = Batch(_shape(self.data.x_train), _shape(self.data.y_train))
-        with rng_flags(self.spec.rng):
-            jitted = jax.jit(make(step), donate_argnums=0)
-            args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
-            return jitted.lower(*args).compile()
+        jitted = jax.jit(make(step), donate_argnums=0)
+        args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
+        return jitted.lower(*args)
 
-    @cached_property
-    def eval_call(self) -> Callable[..., Any]:
-        """Compiled: (sums, state, at, data, keys, hypers) to sums of the metrics.
-
-        `at` is {rows: [rows], weights: [rows], part: number of the batch}.
-        """
+    def _lower_eval(self) -> Any:
         step = make_eval_step(_make_parts(self, Phase.EVAL))
 
         def call(
@@ -186,9 +203,8 @@ class Program:
         sum_ = jax.ShapeDtypeStruct((), jnp.float32)
         sums = dict.fromkeys(self.spec.task.metrics, sum_)
         data = Batch(_shape(self.data.x_test), _shape(self.data.y_test))
-        with rng_flags(self.spec.rng):
-            args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
-            return jax.jit(call).lower(*args).compile()
+        args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
+        return jax.jit(call).lower(*args)
 
 
 def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:

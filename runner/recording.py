@@ -109,8 +109,7 @@ class _Recording:
             end = self._finish(outcome)
         except BaseException as error:
             what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
-            end = self._abort(what)
-            sinks.finish(end)
+            sinks.finish(self._abort(what))
             raise
         sinks.finish(end)
         objective = self.metrics.get(f"eval/{self.program.spec.objective}")
@@ -160,7 +159,8 @@ class _Recording:
             "steps": steps,
             "seconds": round(seconds, 3),
             "metrics": {name: _finite(v) for name, v in self.metrics.items()},
-            "best": self.best and {"value": self.best[0], "step": self.best[1]},
+            "best": self.best
+            and {"value": _finite(self.best[0]), "step": self.best[1]},
         }
         self._write_manifest()
         return RunEnd(

@@ -334,7 +334,7 @@ def parse_spec(config: Mapping[str, Any]) -> RunSpec:
     spec = build_dataclass(RunSpec, config)
     for check in (_check_trusted, _check_streams, _check_host_streams):
         check(spec)
-    for check in (_check_rates, _check_task, _check_batches):
+    for check in (_check_nodes, _check_rates, _check_task, _check_batches):
         check(spec)
     return spec
 
@@ -378,7 +378,8 @@ def _check_streams(spec: RunSpec) -> None:
         if stream.kind is StreamKind.HOST:
             _check_host_stream(path, stream)
         rules = list(stream.per.values())
-        if Rule.CARRY in rules and stream.per.get(Coordinate.STEP) is not Rule.CARRY:
+        carried = [c for c, rule in stream.per.items() if rule is Rule.CARRY]
+        if carried not in ([], [Coordinate.STEP]):
             raise ConfigError(
                 f"{path}.per", "only `step` can be carried", got=_plain(stream.per)
             )
@@ -444,6 +445,17 @@ def _check_host_streams(spec: RunSpec) -> None:
                 "test rows are chosen once, so this stream has no epoch",
                 got=_plain(split.per),
                 fix="Set it to []",
+            )
+
+
+def _check_nodes(spec: RunSpec) -> None:
+    for name, inner in (("model", "module"), ("optimizer", "transform")):
+        node = getattr(spec, name)
+        if "_target_" not in node and "lift" not in node and inner not in node:
+            raise ConfigError(
+                name,
+                f"must be a mapping with a `_target_`, or with one under `{inner}`",
+                got=dict(node),
             )
 
 

@@ -158,7 +158,10 @@ def make_eval_step(parts: Parts) -> Callable[..., Metrics]:
         x = _cast(batch.x, parts.compute_dtype)
         outputs, _ = parts.apply(variables, x, rngs, hypers, train=False)
         values = parts.task.metrics(_cast(outputs, jnp.float32), batch.y)
-        return {name: jnp.sum(v * weights) for name, v in values.items()}
+        return {
+            name: jnp.sum(jnp.where(weights > 0, v * weights, 0))
+            for name, v in values.items()
+        }
 
     return eval_step
 

@@ -87,6 +87,13 @@ def _check_logits(outputs: Any, targets: np.ndarray, classes: int | None) -> Non
             got=f"targets of type {targets.dtype}",
             fix="Set task=regression",
         )
+    if targets.ndim != 1:
+        raise ConfigError(
+            "data",
+            "classification needs one label for each row",
+            got=f"targets of shape {targets.shape}",
+            fix="Save them with shape (rows,)",
+        )
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or shape[1] < classes:
         raise ConfigError(

@@ -136,7 +136,7 @@ ISSUE: dict[str, tuple[list[str], str]] = {
     ),
     "rate that is none": (
         [DROPOUT, "model.dropout_rate=nan"],
-        r"model\.dropout_rate: must be a number from 0 to 1 \(got nan\)\.",
+        r"model\.dropout_rate: must be finite \(got nan\)\.",
     ),
     "batch larger than the data": (
         [DROPOUT, "data.batch_size=5000"],

@@ -708,7 +708,11 @@ def test_sweeps_at_once_share_no_run_directory(shell: Shell) -> None:
     """One name for all, as sweeps that start in one second have."""
     args = ("-m", "train.steps=30", "sinks=none", "seed=0,1", "hydra.sweep.dir=same")
     sweeps = [shell.start(*args) for _ in range(3)]
-    said = [sweep.communicate(timeout=200) for sweep in sweeps]
+    try:
+        said = [sweep.communicate(timeout=120) for sweep in sweeps]
+    finally:
+        for sweep in sweeps:
+            sweep.kill()
     assert "Traceback" not in "".join(err for _, err in said)
     told = [line for out, _ in said for line in out.splitlines() if line[:1] == "/"]
     assert len(told) >= 2

@@ -199,7 +199,7 @@ def test_start_is_the_seed_s(spec_of: Any) -> None:
 
 def test_a_program_is_traced_and_not_compiled(spec_of: Any) -> None:
     program = compile_run(spec_of())
-    assert not {"train_call", "eval_call", "initial"} & set(vars(program))
+    assert not {"calls", "initial"} & set(vars(program))
 
 
 # --- inputs and constants

@@ -143,7 +143,11 @@ def test_one_named_directory_holds_one_run(
     """Several are told to write to one place: one does, the others are refused."""
     args = ("+experiment=dropout", "train.steps=3", "sinks=none", "hydra.run.dir=mine")
     runs = [start(user_env, tmp_path, *args) for _ in range(3)]
-    said = [run.communicate(timeout=200) for run in runs]
+    try:
+        said = [run.communicate(timeout=60) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
     assert sorted(run.returncode for run in runs) == [0, 2, 2], said
     for run, (_, err) in zip(runs, said, strict=True):
         assert ("hydra.run.dir: holds a run already" in err) == (run.returncode == 2)
@@ -164,5 +168,5 @@ def test_a_full_disk_is_said(user_env: dict[str, str], tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode not in (0, -signal.SIGXFSZ)
-    assert "Traceback" not in done.stderr
     assert check_record(tmp_path) == "failed"
+    assert done.stderr.splitlines()[-1].startswith("error: ")

@@ -364,7 +364,8 @@ def test_unknown_stream() -> None:
         plan.stream("dropuot")
     assert str(caught.value) == (
         "rng.streams.dropuot: not a declared stream (got 'dropuot'). "
-        "Declared: params, dropout, noise, late, epochal, shuffle. Did you mean 'dropout'?"
+        "Declared: params, dropout, noise, late, epochal, shuffle. "
+        "Did you mean 'dropout'?"
     )
 
 

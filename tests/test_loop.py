@@ -81,11 +81,12 @@ class Fake:
         self.eval_rows, self.eval_batches = 4, 1
         self.fails, self.values = fails, values
         self.log: list[str] = []
+        self.calls = SimpleNamespace(train=self.take_steps, evaluate=self.evaluate)
 
     def start(self) -> tuple[Any, Any, Any]:
         return 0, {}, {}
 
-    def train_call(
+    def take_steps(
         self, state: int, window: Any, data: Any, keys: Any, hypers: Any
     ) -> tuple[int, Any, Any]:
         first, rows = int(window["first"]), np.asarray(window["rows"])
@@ -106,7 +107,7 @@ class Fake:
         after = max(taken.stop, min(state, taken.start))
         return after, {"loss": metrics}, fetched
 
-    def eval_call(
+    def evaluate(
         self, sums: Any, state: int, at: Any, data: Any, keys: Any, hypers: Any
     ) -> Any:
         self.log.append(f"eval {state}")
@@ -322,7 +323,7 @@ def test_evaluation_is_queued_before_the_host_waits(fake_spec: Any) -> None:
 def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
     now = SimpleNamespace(seconds=0.0, per_step=0.001)
     program = Fake(fake_spec(3000, "auto"))
-    call = program.train_call
+    call = program.calls.train
 
     def timed(state: int, window: Any, *args: Any) -> Any:
         now.seconds += now.per_step * int(window["steps"])
@@ -330,7 +331,7 @@ def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
             now.per_step = 0.05
         return call(state, window, *args)
 
-    monkeypatch.setattr(program, "train_call", timed)
+    monkeypatch.setattr(program.calls, "train", timed)
     monkeypatch.setattr("runner.loop.time.perf_counter", lambda: now.seconds)
     events = list(train(program))
     counts = [e.steps for e in events if isinstance(e, TrainRecord)]
@@ -456,8 +457,7 @@ def test_snapshot_is_the_state_of_its_step(reference: Any) -> None:
     often = replace(
         program, spec=replace(spec, checkpoint=replace(spec.checkpoint, every=3))
     )
-    often.__dict__["train_call"] = program.train_call
-    often.__dict__["eval_call"] = program.eval_call
+    often.__dict__["calls"] = program.calls
     shots, events = {}, []
     for event in train(often):
         if isinstance(event, Snapshot):
@@ -478,7 +478,7 @@ def state_after(program: Any, steps: int) -> Any:
         rows[0] = program.order.indices(step, steps=1)
         window = {"first": np.int32(step), "rows": rows, "steps": np.int32(1)}
         args = (jax.device_put(window), held, keys, hypers)
-        state, _, _ = program.train_call(state, *args)
+        state, _, _ = program.calls.train(state, *args)
     return state
 
 
@@ -490,7 +490,7 @@ def test_state_is_donated(reference: Any) -> None:
     rows = np.zeros((program.window, 16), np.int32)
     window = {"first": np.int32(0), "rows": rows, "steps": np.int32(2)}
     held = jax.device_put(Batch(x, y))
-    after, _, _ = program.train_call(state, window, held, keys, hypers)
+    after, _, _ = program.calls.train(state, window, held, keys, hypers)
     jax.block_until_ready(after)
     kept = [k for k, leaf in _leaves(state) if not leaf.is_deleted()]
     assert kept == []
@@ -566,8 +566,6 @@ def test_values_change_no_compiled_program(compile_: Compile, tmp_path: Path) ->
         jax.clear_caches()
         program = compile_(*base, *changes)
         program.start()
-        assert program.train_call
-        assert program.eval_call
         return {p.name for p in tmp_path.iterdir() if p.name.endswith("-cache")}
 
     with compile_cache(tmp_path):

@@ -66,8 +66,7 @@ def with_checkpoints(program: Any, every: int, keep: int = 9) -> Any:
     """The same compiled program; checkpoints are no part of it."""
     checkpoint = replace(program.spec.checkpoint, every=every, keep=keep)
     made = replace(program, spec=replace(program.spec, checkpoint=checkpoint))
-    vars(made)["train_call"] = program.train_call
-    vars(made)["eval_call"] = program.eval_call
+    vars(made)["calls"] = program.calls
     return made
 
 

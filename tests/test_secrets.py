@@ -149,10 +149,14 @@ def test_a_secret_for_hydra(start: Any, tmp_path: Path) -> None:
 
 def test_a_secret_in_a_sweep(start: Any, tmp_path: Path) -> None:
     """Hydra announces each job with its overrides, and keeps them in a file."""
-    args = ("-m", *SHORT, "sinks=none", "seed=0", "+model.api_token=sk-9f8e7d6c")
-    done = start(*args)
-    assert done.returncode == 0, done.stderr
     planted = {"token": "sk-9f8e7d6c"}
+    args = ("-m", *SHORT, "sinks=none", "seed=0")
+    done = start(*args, "+model.api_token=sk-9f8e7d6c")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "multirun.yaml" in done.stderr
+    assert not leaks(tmp_path, done.stdout, done.stderr, secrets=planted)
+    done = start(*args, "+model.api_token=${oc.env:TOKEN}", TOKEN="sk-9f8e7d6c")
+    assert done.returncode == 0, done.stderr
     assert not leaks(tmp_path, done.stdout, done.stderr, secrets=planted)
 
 

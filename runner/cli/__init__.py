@@ -8,14 +8,19 @@
 Nothing here imports jax before it is needed.
 """
 
+import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
+from runner.cli.secrecy import blot
 from runner.errors import RunnerError
 
-__all__ = ["main"]
+__all__ = ["main", "print_last"]
+
+_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,9 +29,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     0 done; 1 a negative verdict; 2 wrong usage, config or record; 130 interrupted.
     """
     args = list(sys.argv[1:] if argv is None else argv)
+    _settle_streams()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: trusted packages
     sys.exit(_guarded(_verb(args), args))
+
+
+def _settle_streams() -> None:
+    """What a shell may do to us before there is a run: `>&-`, `| head`, Ctrl-C."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until exit
+    logging.raiseExceptions = False
+    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
+
+
+def print_last(line: str) -> None:
+    """Prints to a stdout that may have been closed by whoever read it."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _verb(args: list[str]) -> Callable[[list[str]], int]:
@@ -50,9 +73,13 @@ def _guarded(verb: Callable[[list[str]], int], args: list[str]) -> int:
         return verb(args)
     except RunnerError as error:
         if full:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+            print(blot(traceback.format_exc()), end="", file=sys.stderr)
+        print(f"error: {blot(str(error))}", file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:  # of ours or of a model's code: all that is known
+        print(blot(traceback.format_exc()), end="", file=sys.stderr)
+        print(f"error: {blot(f'{type(error).__name__}: {error}')}", file=sys.stderr)
         return 1

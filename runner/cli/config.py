@@ -11,10 +11,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
 from runner.cli.refusal import refusal_of
+from runner.cli.secrecy import keep_secret
+from runner.errors import ConfigError
 from runner.records.secrets import Secrets, find_secrets
 from runner.spec import RunSpec, parse_spec
 
-__all__ = ["HYDRA_VERSION_BASE", "Composed", "compose", "keys_at", "read_composed"]
+__all__ = ["HYDRA_VERSION_BASE", "Composed", "compose", "read_composed"]
 
 HYDRA_VERSION_BASE = "1.3"
 
@@ -48,28 +50,13 @@ def read_composed(config: DictConfig, *, choices: Mapping[str, Any]) -> Composed
         raw = OmegaConf.to_container(config, resolve=False)
         resolved = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise refusal_of(error) from error
+        raise refusal_of(error, []) from error
     resolved = cast(dict[str, Any], resolved)
     experiment = choices.get("experiment")
     if experiment is not None and "experiment" not in resolved:
         resolved["experiment"] = str(experiment)
-    return Composed(parse_spec(resolved), config, find_secrets(raw, resolved))
-
-
-def keys_at(path: str, args: list[str]) -> list[str]:
-    """The keys that the config has at a path, for suggestions; none on any error.
-
-    Args:
-        path: As in an override; empty for the top.
-        args: The command line; its choices of groups count, its values don't.
-    """
-    choices = [a for a in args if a.startswith("+experiment=")]
-    try:
-        config = compose(choices)
-        node = OmegaConf.select(config, path) if path else config
-        return [str(key) for key in node if key != "hydra"]
-    except Exception:  # a suggestion is not worth a second error
-        return []
+    secrets = keep_secret(find_secrets(raw, resolved))
+    return Composed(parse_spec(resolved), config, secrets)
 
 
 def compose(overrides: list[str], *, config_dir: str | None = None) -> DictConfig:
@@ -79,6 +66,8 @@ def compose(overrides: list[str], *, config_dir: str | None = None) -> DictConfi
 
     extra = []
     if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError("--config-dir", "no such directory", got=config_dir)
         extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with initialize_config_dir(
         config_dir=str(CONF_DIR), job_name="runner", version_base=HYDRA_VERSION_BASE

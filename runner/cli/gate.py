@@ -13,7 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from runner.cli.secrecy import keep_secret
 from runner.errors import ConfigError
+from runner.records.secrets import find_secrets
 
 if TYPE_CHECKING:
     from runner.cli.train import Prepared
@@ -33,6 +35,7 @@ class Gate(Callback):
     """Prepares a single run; the jobs of a sweep prepare themselves."""
 
     prepared: "Prepared | None" = None
+    is_reached = False  # what was raised before is about the command line
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Prepares the run, then claims its directory.
@@ -43,8 +46,11 @@ class Gate(Callback):
         from runner.cli.train import prepare
         from runner.records.files import claim_directory
 
+        Gate.is_reached = True
         try:
             HydraConfig.instance().set_config(config)
+            own = OmegaConf.to_container(config.hydra, resolve=False)
+            keep_secret(find_secrets(own, own))
             Gate.prepared = prepare(_job_config(config), config.hydra.runtime.choices)
             wanted = Path(str(OmegaConf.select(config, "hydra.run.dir")))
             named = any(
@@ -65,8 +71,6 @@ class Gate(Callback):
         Raises:
             Refused: one stands on the command line, which is written as it is.
         """
-        from runner.records.secrets import find_secrets
-
         raw = OmegaConf.to_container(_job_config(config), resolve=False)
         secrets = find_secrets(raw, raw)
         with read_write(config), open_dict(config):

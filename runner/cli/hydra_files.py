@@ -8,7 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import OmegaConf
 
 from runner.cli.config import Composed
+from runner.cli.secrecy import keep_secret
 from runner.records.files import write_atomically
+from runner.records.secrets import find_secrets
 
 __all__ = ["write_hydra_files"]
 
@@ -18,11 +20,15 @@ def write_hydra_files(directory: Path, composed: Composed) -> None:
     job = HydraConfig.get()
     folder = directory / ".hydra"
     folder.mkdir(exist_ok=True)
+    own = OmegaConf.to_container(job)
+    secrets = composed.secrets | keep_secret(find_secrets(own, own))
     files: dict[str, Any] = {
         "config.yaml": composed.secrets.redact(OmegaConf.to_container(composed.raw)),
-        "hydra.yaml": {"hydra": OmegaConf.to_container(job)},
-        "overrides.yaml": list(job.overrides.task),
+        "hydra.yaml": {"hydra": secrets.redact(own)},
+        "overrides.yaml": secrets.redact(
+            OmegaConf.to_container(job.overrides.task, resolve=False)
+        ),
     }
     for name, content in files.items():
-        text = composed.secrets.blot(OmegaConf.to_yaml(OmegaConf.create(content)))
+        text = OmegaConf.to_yaml(OmegaConf.create(content))
         write_atomically(folder / name, text)

@@ -30,7 +30,7 @@ def main(args: list[str]) -> int:
                 "the digest of. One of them was altered or damaged."
             )
         document = _document(manifest, ledger, options)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise RecordError(f"{options.run}: damaged ({error!r}).") from error
     if options.json:
         json.dump(document, sys.stdout, indent=1)
@@ -53,10 +53,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _step(text: str) -> int:
-    step = int(text)
-    if not 0 <= step < 2**31:
-        raise argparse.ArgumentTypeError("must be from 0 to 2147483647")
-    return step
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 2147483647 (got {text!r})")
+    return int(text)
 
 
 def _document(manifest: Any, ledger: Any, options: argparse.Namespace) -> Any:

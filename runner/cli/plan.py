@@ -6,13 +6,12 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
-from hydra.errors import HydraException
 from omegaconf import open_dict
-from omegaconf.errors import OmegaConfBaseException
 
-from runner.cli.config import compose, keys_at, read_composed
+from runner.cli.config import compose, read_composed
 from runner.cli.refusal import refusal_of
 from runner.cli.tables import print_table
+from runner.errors import RunnerError
 from runner.sinks.text import clean
 
 if TYPE_CHECKING:
@@ -27,12 +26,13 @@ def main(args: list[str]) -> int:
     parser.add_argument("overrides", nargs="*", help="as for training")
     parser.add_argument("--config-dir", "-cd", help="your own groups")
     parser.add_argument("--json", action="store_true", help="one JSON document")
-    options = parser.parse_args(args)
+    options = parser.parse_intermixed_args(args)
     try:
         config = compose(options.overrides, config_dir=options.config_dir)
-    except (HydraException, OmegaConfBaseException) as error:
-        known = lambda path: keys_at(path, options.overrides)  # noqa: E731
-        raise refusal_of(error, known) from error
+    except RunnerError:
+        raise
+    except Exception as error:  # whatever Hydra says of a command line
+        raise refusal_of(error, options.overrides) from error
     choices = config.hydra.runtime.choices
     with open_dict(config):
         del config["hydra"]

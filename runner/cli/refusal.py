@@ -2,60 +2,61 @@
 """Hydra's and OmegaConf's complaints as one line in the words of this project."""
 
 import re
-from collections.abc import Callable
+from typing import Any
 
 from runner.errors import ConfigError, RunnerError, did_you_mean
 
 __all__ = ["refusal_of"]
 
-_OVERRIDE = re.compile(r"Could not override '([^']+)'")
-_APPEND = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
-_MERGE = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
-_CHOICE = re.compile(r"Could not find '([^']+)/([^'/]+(?:/[^'/]+)*)'")
+VERBS = ("plan", "keys")
+
+_UNKNOWN = re.compile(r"Could not override '([^']+)'")
+_THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")
+_CHOICE = re.compile(r"Could not find '([^']+)'")
 _OPTIONS = re.compile(r"Available options in '([^']+)':((?:\s*\n\t[^\n]+)*)")
+_MERGE = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
+_TWICE = re.compile(r"(\S+) appears more than once in the final defaults list")
+_NO_EQUALS = re.compile(r"Error parsing override '([^']*)'\s+missing EQUAL")
+_NOISE = re.compile(r"\s*(full_key|object_type|reference_type|See https?)[:= ].*")
 
 
-def refusal_of(
-    error: Exception, keys_at: Callable[[str], list[str]] = lambda _: []
-) -> RunnerError:
+def refusal_of(error: Exception, args: list[str]) -> RunnerError:
     """The one-line error for what Hydra or OmegaConf raised.
 
     Args:
         error: Their exception.
-        keys_at: The keys that the config has at a path; for suggestions.
+        args: The command line.
     """
     text = str(error)
     if found := _OPTIONS.search(text):
         return _no_such_choice(text, found)
-    if found := _OVERRIDE.search(text):
-        path = found.group(1)
-        parent, _, leaf = path.rpartition(".")
-        known = keys_at(parent)
-        allowed = f"Known: {', '.join(known)}" if known else None
-        fix = did_you_mean(leaf, known)
-        return ConfigError(path, "unknown key", allowed=allowed, fix=fix)
-    if found := _APPEND.search(text):
-        path = found.group(1)
-        return ConfigError(path, "is there already", fix="Leave the + out")
+    if found := _UNKNOWN.search(text):
+        return _unknown_key(found.group(1), args)
+    if found := _THERE.search(text):
+        return ConfigError(found.group(1), "is there already", fix="Leave the + out")
     if found := _MERGE.search(text):
         path, value = found.groups()
-        return ConfigError(
-            path,
-            "a list can't be overridden by a mapping, nor the reverse",
-            got=value,
-            fix=f"Replace it: '~{path}' '+{path}={value}'",
-        )
-    path = getattr(error, "full_key", None) or "config"
-    first = " ".join(line.strip() for line in text.splitlines() if line.strip())
-    first = re.sub(r"\s*(full_key|object_type|reference_type)[:=].*", "", first)
-    return RunnerError(f"{path}: {first.rstrip('.')}.")
+        rule = "a list can't be overridden by a mapping, nor the reverse"
+        fix = f"Replace it: '~{path}' '+{path}={value}'"
+        return ConfigError(path, rule, got=value, fix=fix)
+    if found := _TWICE.search(text):
+        group = found.group(1).rsplit("/", 1)[-1]
+        fix = f"Leave the + out: {group}=CHOICE"
+        return ConfigError(group, "has a choice already", fix=fix)
+    if found := _NO_EQUALS.search(text):
+        return _no_value(found.group(1))
+    if override := getattr(error, "override", None):
+        path, _, value = str(override).lstrip("+~").partition("=")
+        fix = f"Quote it: {path}=\"'...'\""
+        return ConfigError(path, "can't be read as a value", got=value, fix=fix)
+    return _anything_else(error, text, args)
 
 
 def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:
     group = options.group(1)
     choices = sorted(options.group(2).split())
     found = _CHOICE.search(text)
-    got = found.group(0).split("'")[1].removeprefix(f"{group}/") if found else ""
+    got = found.group(1).removeprefix(f"{group}/") if found else ""
     return ConfigError(
         group,
         "no such choice",
@@ -63,3 +64,55 @@ def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:
         allowed=f"Choices: {', '.join(choices)}",
         fix=did_you_mean(got, choices),
     )
+
+
+def _unknown_key(path: str, args: list[str]) -> ConfigError:
+    parent, _, leaf = path.rpartition(".")
+    if path == "experiment":
+        given = next(
+            (a for a in args if a.startswith("experiment=")), "experiment=NAME"
+        )
+        return ConfigError(path, "no recipe to replace", fix=f"Add one: +{given}")
+    known = _keys_at(parent, args)
+    allowed = f"Known: {', '.join(known)}" if known else None
+    return ConfigError(
+        path, "unknown key", allowed=allowed, fix=did_you_mean(leaf, known)
+    )
+
+
+def _no_value(word: str) -> ConfigError:
+    if "." in word or word.startswith(("+", "~")):
+        path = word.lstrip("+~")
+        return ConfigError(path, "needs a value", fix=f"Say {word}=VALUE")
+    return ConfigError(
+        word,
+        "neither a verb nor an override",
+        allowed=f"Verbs: {', '.join(VERBS)}; overrides: NAME=VALUE",
+        fix=did_you_mean(word, VERBS),
+    )
+
+
+def _anything_else(error: Exception, text: str, args: list[str]) -> RunnerError:
+    path = getattr(error, "full_key", None)
+    if isinstance(error, OSError):
+        rule = f"can't be written: {error.strerror}"
+        return ConfigError("hydra.sweep.dir", rule, got=error.filename)
+    if path is None:  # a value where a group's choice is due: say whose
+        groups = [a.partition("=")[0] for a in args if re.match(r"\w+=(\d+|null)$", a)]
+        path = groups[0] if "group" in text.lower() and groups else "config"
+    first = " ".join(line.strip() for line in text.splitlines() if line.strip())
+    return RunnerError(f"{path}: {_NOISE.sub('', first).rstrip('. ')}.")
+
+
+def _keys_at(path: str, args: list[str]) -> list[str]:
+    """The keys that the config has at a path, for suggestions; none on any error."""
+    from omegaconf import OmegaConf
+
+    from runner.cli.config import compose
+
+    try:
+        config = compose([a for a in args if a.startswith("+experiment=")])
+        node: Any = OmegaConf.select(config, path) if path else config
+        return [str(key) for key in node if key != "hydra"]
+    except Exception:  # a suggestion is not worth a second error
+        return []

@@ -18,10 +18,11 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
-from runner.cli.config import HYDRA_VERSION_BASE, Composed, keys_at, read_composed
+from runner.cli import print_last
+from runner.cli.config import HYDRA_VERSION_BASE, Composed, read_composed
 from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
-from runner.errors import RecordError, RunFailedError, RunnerError
+from runner.errors import RunFailedError, RunnerError
 
 if TYPE_CHECKING:
     from runner.hazards import Hazard
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "main", "prepare"]
 
 _INTERRUPTED = 130
+_HYDRAS = (HydraException, OmegaConfBaseException)
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,10 @@ def main(args: list[str]) -> int:
         raise refused.error from None
     except RunnerError as error:  # of a sweep's job; Hydra ran the others, too
         raise RunFailedError(str(error)) from error
-    except (HydraException, OmegaConfBaseException) as error:
-        raise refusal_of(error, lambda path: keys_at(path, args)) from error
+    except Exception as error:
+        if Gate.is_reached and not isinstance(error, _HYDRAS):
+            raise
+        raise refusal_of(error, args) from error
     return 0
 
 
@@ -69,7 +73,9 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
     from runner.compile import compile_run
     from runner.hazards import find_hazards, refuse_hazards
     from runner.platforms import set_compile_cache
+    from runner.sinks.base import make_sinks
 
+    make_sinks(composed.spec.sinks)  # refuses what can't be opened
     set_compile_cache(composed.spec.train.compile_cache)
     program = compile_run(composed.spec)
     hazards = find_hazards(program)
@@ -78,17 +84,26 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
 
 
 def _job(config: DictConfig) -> float | None:
-    """One job, in the directory that Hydra made for it."""
+    """One job; its mistakes pass by Hydra, unless there are other jobs to run."""
+    Gate.is_reached = True
+    try:
+        return _run_job(config)
+    except RunnerError as error:
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise
+        raise Refused(error) from error
+
+
+def _run_job(config: DictConfig) -> float | None:
+    """Trains in the directory that Hydra made for the job."""
     from runner.cli.hydra_files import write_hydra_files
     from runner.recording import record_run
+    from runner.records.files import claim_directory
 
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
-    if (directory / "run.json").exists():
-        raise RecordError(
-            f"hydra.sweep: the job's directory holds a run (got {str(directory)!r}). "
-            "Set hydra.sweep.dir to a new directory."
-        )
+    if Gate.prepared is None:  # a sweep's job: Hydra made the directory
+        claim_directory(directory, exact=True)
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
     write_hydra_files(directory, prepared.composed)
@@ -101,12 +116,11 @@ def _job(config: DictConfig) -> float | None:
             sweep=_sweep(job),
             stop=lambda: bool(stopped),
         )
-    print(directory, flush=True)
+    print_last(str(directory))
     if recorded.status == "interrupted":
         raise SystemExit(_INTERRUPTED)
     if recorded.status == "failed":
-        error = RunFailedError(f"run: {recorded.reason}. See {directory}.")
-        raise error if job.mode == RunMode.MULTIRUN else Refused(error)
+        raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
     return recorded.objective
 
 

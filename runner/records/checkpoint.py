@@ -1,8 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The state of a run on disk, by Orbax. No key is ever saved: they follow from it."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from runner.errors import RunFailedError
 
 __all__ = ["Checkpoints"]
 
@@ -20,7 +24,15 @@ class Checkpoints:
         self._manager: Any = None
 
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copies the state from the device, then writes it in the background."""
+        """Copies the state from the device, then writes it in the background.
+
+        Raises:
+            RunFailedError: it, or one before it, can't be written.
+        """
+        with _told():
+            self._save(step, state)
+
+    def _save(self, step: int, state: dict[str, Any]) -> None:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
@@ -30,14 +42,27 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._directory.resolve(), options=options
             )
+        if step in self._manager.all_steps():
+            return  # a state is a function of its step
         self._manager.save(step, args=ocp.args.StandardSave(state), force=True)
 
     def close(self) -> None:
         """Waits for what is being written.
 
         Raises:
-            Exception: whatever went wrong while a checkpoint was written.
+            RunFailedError: it can't be written.
         """
-        if self._manager is not None:
-            self._manager.wait_until_finished()
-            self._manager.close()
+        with _told():
+            if self._manager is not None:
+                self._manager.wait_until_finished()
+                self._manager.close()
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    """What Orbax and the disk say, in one line."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError) as error:
+        what = str(error).partition("\n")[0]
+        raise RunFailedError(f"checkpoints: can't be written ({what}).") from error

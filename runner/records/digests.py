@@ -21,7 +21,7 @@ def digest_leaves(leaves: dict[str, np.ndarray]) -> str:
     """SHA-256 hex of named arrays: names in order, each with dtype, shape, bytes."""
     digest = hashlib.sha256()
     for name in sorted(leaves):
-        leaf = np.ascontiguousarray(leaves[name])
+        leaf = np.asarray(leaves[name])
         head = canonical_json([name, leaf.dtype.str, list(leaf.shape)])
         digest.update(head.encode() + b"\n")
         digest.update(leaf.tobytes())

@@ -2,9 +2,11 @@
 """Files that a kill at any moment leaves whole; and a directory for each run."""
 
 import contextlib
+import fcntl
 import itertools
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,8 @@ def claim_directory(path: Path, *, exact: bool) -> Path:
     Args:
         path: The wanted name.
         exact: Refuse when it holds a run already, instead of trying `path-1`,
-            `path-2`, ... An existing directory without a run is then taken.
+            `path-2`, ... An existing directory without a run is then taken, and
+            locked until this process ends.
 
     Raises:
         RecordError: it can't be made, can't be written or holds a run.
@@ -48,11 +51,17 @@ def _claim_exactly(path: Path) -> Path:
             f"hydra.run.dir: holds a run already (got {str(path)!r}). "
             "Set hydra.run.dir to a new directory."
         )
-    probe = path / ".claim"
-    with contextlib.suppress(FileNotFoundError):
-        probe.touch(exist_ok=True)
-        probe.unlink()
-    return path
+    lock = os.open(path, os.O_RDONLY)  # open, so locked, for as long as we live
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise RecordError(
+            f"hydra.run.dir: holds a run already, just begun (got {str(path)!r}). "
+            "Set hydra.run.dir to a new directory."
+        ) from None
+    with tempfile.TemporaryFile(dir=path):  # can it be written?
+        return path
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -72,7 +81,8 @@ def write_atomically(path: Path, text: str) -> None:
 
 def canonical_json(value: Any) -> str:
     """One spelling for equal values: sorted keys, no spaces, strict JSON."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    value = json.loads(json.dumps(value, allow_nan=False))  # numbers as keys: strings
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def read_json(path: Path) -> Any:

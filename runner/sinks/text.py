@@ -117,6 +117,9 @@ def _named(node: Any, *fields: str) -> str:
 
 
 def _target(node: Any, *fields: str) -> str:
+    if isinstance(node, Mapping) and "_target_" not in node:  # under names for it
+        inner = node.get("module", node.get("transform"))
+        node = {**node, **inner} if isinstance(inner, Mapping) else node
     key = "lift" if isinstance(node, Mapping) and "lift" in node else "_target_"
     return _described(node, key, fields)
 
