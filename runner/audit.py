@@ -11,7 +11,8 @@ from one trace. What can't be followed is reported as such, never guessed.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import flax
 import jax
 from flax.core.scope import Scope
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Var
+from jax.interpreters.partial_eval import dce_jaxpr
 from jaxtyping import Array, Key
 
 from runner.keys import Op
@@ -101,19 +103,32 @@ def trace_draws(
             error.missing = tuple(calls.missing)  # type: ignore[attr-defined]
             raise
     names = sorted(rngs)  # pytree order of a dict
-    keys = dict(zip(closed.jaxpr.invars, (_Ref(n) for n in names), strict=False))
-    walk = _Walk(calls)
-    walk.run(closed.jaxpr, keys)
+    # What no output depends on, the compiler drops.
+    every = [True] * len(closed.jaxpr.outvars)
+    live, _ = dce_jaxpr(closed.jaxpr, every, instantiate=True)
+    keys = dict(zip(live.invars, (_Ref(n) for n in names), strict=False))
+    dtypes = {getattr(var.aval, "dtype", None) for var in keys}
+    walk = _Walk(calls, dtypes)
+    walk.run(live, keys)
     return Trace(
         tuple(walk.draws), tuple(calls.missing), outputs, frozenset(walk.primitives)
     )
+
+
+@dataclass(frozen=True)
+class _Call:
+    """`names` is the part of the path that is hashed: all of it but under a fork."""
+
+    names: tuple[str, ...]
+    path: tuple[str, ...]
+    count: int
 
 
 @dataclass
 class _Calls:
     """`make_rng` calls by the number that Flax folds into the stream's key."""
 
-    by_hash: dict[int, list[tuple[tuple[str, ...], int]]] = field(default_factory=dict)
+    by_hash: dict[int, list["_Call"]] = field(default_factory=dict)
     missing: list[Missing] = field(default_factory=list)
 
 
@@ -129,8 +144,9 @@ def _watch_make_rng() -> Iterator[_Calls]:
         count = self.rng_counters[used]
         suffix = (*self.rngs[used].suffix, count)
         found = calls.by_hash.setdefault(_flax_hash(suffix), [])
-        if (tuple(self.path), count) not in found:
-            found.append((tuple(self.path), count))
+        names = tuple(part for part in suffix if isinstance(part, str))
+        if (call := _Call(names, tuple(self.path), count)) not in found:
+            found.append(call)
         return key
 
     Scope.make_rng = make_rng  # type: ignore[method-assign]
@@ -197,13 +213,15 @@ class _Dim:
 
 _SAME = {"random_wrap", "random_unwrap", "random_clone", "copy", "copy_p"}
 _CONSUMERS = {"random_bits", "random_gamma"}
+_BELOW = {"rng_bit_generator", "rng_uniform", "threefry2x32"}
 
 
 class _Walk:
     """One pass over a jaxpr, carrying what is known of each key variable."""
 
-    def __init__(self, calls: _Calls) -> None:
-        self.calls = calls
+    def __init__(self, calls: _Calls, dtypes: set[Any]) -> None:
+        self.calls, self.dtypes = calls, dtypes
+        self.outside: tuple[str, ...] = ()
         self.draws: list[Draw] = []
         self.primitives: set[str] = set()
         self.axes: dict[str, int] = {}
@@ -211,7 +229,7 @@ class _Walk:
         self.branches: tuple[tuple[int, int], ...] = ()
 
     def run(self, jaxpr: Jaxpr, refs: dict[Var, _Ref]) -> list[_Ref | None]:
-        for eqn in _live(jaxpr):
+        for eqn in jaxpr.eqns:
             self.primitives.add(eqn.primitive.name)
             ins = [None if isinstance(v, Literal) else refs.get(v) for v in eqn.invars]
             for var, ref in zip(eqn.outvars, self.step(eqn, ins), strict=True):
@@ -224,20 +242,28 @@ class _Walk:
         if name in _CONSUMERS:
             self.consume(eqn, ref or _Ref(None, untraced="its key has no known source"))
             return [None] * len(eqn.outvars)
+        if name in _BELOW:
+            self.consume(eqn, _Ref(None, untraced=f"drawn by {name} itself"))
+            return [None] * len(eqn.outvars)
         if name == "random_seed":
             return [_Ref(None, untraced="a seed inside the program")]
         if _sub_jaxprs(eqn):
             return self.enter(eqn, ins)
         if ref is None:
-            known = next((r for r in ins if r is not None), None)
-            lost = known.lost(f"passed through {name}") if known else None
-            return [lost for _ in eqn.outvars]
-        return [self.follow(eqn, ref)] * len(eqn.outvars)
+            return [_mix(ins, f"passed through {name}")] * len(eqn.outvars)
+        after = self.follow(eqn, ref)
+        if after.untraced:
+            after = _mix(ins, after.untraced) or after
+        return [after] * len(eqn.outvars)
 
     def follow(self, eqn: Any, ref: _Ref) -> _Ref:
         name, params = eqn.primitive.name, eqn.params
+        if name == "random_wrap" and eqn.outvars[0].aval.dtype not in self.dtypes:
+            return ref.lost("wrapped as a key of another implementation")
         if name in _SAME or ref.untraced:
             return ref
+        if len(eqn.invars[0].aval.shape) != len(ref.dims):
+            return ref.lost(f"passed through {name} as words")
         if name == "random_fold_in":
             return self.fold(eqn, ref)
         if name == "random_split":
@@ -257,6 +283,8 @@ class _Walk:
                 )
             )
             return replace(ref, dims=dims)
+        if name == "transpose":
+            return replace(ref, dims=tuple(ref.dims[i] for i in params["permutation"]))
         if name == "squeeze":
             for dim in sorted(params["dimensions"], reverse=True):
                 ref = ref.pick(dim, 0)
@@ -269,14 +297,28 @@ class _Walk:
             return ref.lost("folded with a number that the program computes")
         value = int(data.val) % 2**32
         found = self.calls.by_hash.get(value)
-        if not found or ref.call is not None:
+        if not found:
             return ref.add(Op("fold_in", value, why="fold_in"))
-        named = _module_path(eqn)
-        path, call = next((f for f in found if f[0] == named), found[0])
+        named = self.module_path(eqn)
+        at = next((f for f in found if f.path == named), found[0])
+        # A fork (nn.jit, nn.fold_rngs) hashes twice, and JAX may share its trace.
+        path = at.path if ref.call is None else (*ref.path, *at.names)
+        call = at.count
         why = f"path {'/'.join(path) or '(root)'} call {call}"
         return ref.add(Op("fold_in", value, why=why), path=path, call=call)
 
     def enter(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
+        outside, self.outside = self.outside, (*self.outside, *_stack(eqn))
+        try:
+            return self.enter_inner(eqn, ins)
+        finally:
+            self.outside = outside
+
+    def module_path(self, eqn: Any) -> tuple[str, ...]:
+        """Flax module path from the name stacks, without the root's own name."""
+        return (*self.outside, *_stack(eqn))[1:]
+
+    def enter_inner(self, eqn: Any, ins: list[_Ref | None]) -> list[_Ref | None]:
         name, params = eqn.primitive.name, eqn.params
         if name == "scan":
             return self.enter_scan(eqn, ins)
@@ -285,6 +327,8 @@ class _Walk:
             return [_join(*refs) for refs in zip(*outs, strict=True)]
         if name == "while":
             return self.enter_while(eqn, ins)
+        if name == "shard_map":
+            ins = [_lose_dims(ref) for ref in ins]
         (inner,) = _sub_jaxprs(eqn)[:1]
         return self.call(inner, ins)
 
@@ -325,7 +369,11 @@ class _Walk:
         return [r and r.lost("comes out of a while loop") for r in outs]
 
     def new_axis(self, kind: str, eqn: Any, size: int) -> str:
-        path = "/".join(_module_path(eqn))
+        stacks = [
+            _stack(e) for b in _sub_jaxprs(eqn) for e in getattr(b, "jaxpr", b).eqns
+        ]
+        within = os.path.commonprefix([s for s in stacks if s])  # noqa: RUF071
+        path = "/".join((*self.outside, *within)[1:])
         base = f"{kind}:{path}" if path else kind
         name, n = base, 1
         while name in self.axes:
@@ -335,15 +383,17 @@ class _Walk:
         return name
 
     def consume(self, eqn: Any, ref: _Ref) -> None:
+        batch = len(eqn.invars[0].aval.shape) if eqn.primitive.name in _CONSUMERS else 0
         for dim in list(ref.dims):
             ref = ref.pick(0, self.new_axis("vmap", eqn, dim.size))
         named = {op.index for op in ref.ops if isinstance(op.index, str)}
         axes = tuple((n, size) for n, size in self.axes.items() if n in named)
-        shape = tuple(eqn.params.get("shape", eqn.outvars[0].aval.shape))
-        bits = eqn.params.get("bit_width", eqn.outvars[0].aval.dtype.itemsize * 8)
+        shape = tuple(eqn.params.get("shape", eqn.outvars[-1].aval.shape[batch:]))
+        bits = eqn.params.get("bit_width", eqn.outvars[-1].aval.dtype.itemsize * 8)
         use = Use(eqn.primitive.name, shape, bits)
-        path = ref.path if ref.call is not None else _module_path(eqn)
+        path = ref.path if ref.call is not None else self.module_path(eqn)
         ops = () if ref.untraced else ref.ops
+        axes = () if ref.untraced else axes
         self.draws.append(
             Draw(
                 ref.stream,
@@ -363,18 +413,23 @@ def _join(*refs: _Ref | None) -> _Ref | None:
     some = [r for r in refs if r is not None]
     if not some or all(r == some[0] for r in refs):
         return some[0] if some else None
-    return some[0].lost("comes out of branches that differ")
+    return _mix(refs, "comes out of branches that differ")
 
 
-def _live(jaxpr: Jaxpr) -> list[Any]:
-    """The equations that an output depends on; a compiler drops the others."""
-    needed = {v for v in jaxpr.outvars if not isinstance(v, Literal)}
-    live = []
-    for eqn in reversed(jaxpr.eqns):
-        if eqn.effects or not needed.isdisjoint(eqn.outvars):
-            live.append(eqn)
-            needed |= {v for v in eqn.invars if not isinstance(v, Literal)}
-    return live[::-1]
+def _lose_dims(ref: _Ref | None) -> _Ref | None:
+    """A key array that a mesh cuts up: which part is here is not known."""
+    return ref.lost("split over a mesh") if ref is not None and ref.dims else ref
+
+
+def _mix(refs: Iterable[_Ref | None], why: str) -> _Ref | None:
+    """A value made of others: of their stream, if it is one."""
+    some = [r for r in refs if r is not None]
+    if not some:
+        return None
+    streams = {r.stream for r in some}
+    return replace(
+        some[0].lost(why), stream=streams.pop() if len(streams) == 1 else None
+    )
 
 
 def _sub_jaxprs(eqn: Any) -> list[Any]:
@@ -383,7 +438,8 @@ def _sub_jaxprs(eqn: Any) -> list[Any]:
     return [v for v in values if isinstance(v, Jaxpr | ClosedJaxpr)]
 
 
-def _module_path(eqn: Any) -> tuple[str, ...]:
-    """Flax module path from the name stack, without the root's own name."""
-    stack = str(eqn.source_info.name_stack)
-    return tuple(part for part in stack.split("/")[1:] if "(" not in part)
+def _stack(eqn: Any) -> tuple[str, ...]:
+    """Names of modules on a name stack; `vmap(x)` is x, `Coder.encode` is Coder."""
+    parts = str(eqn.source_info.name_stack).split("/")
+    names = [part.rpartition("(")[2].rstrip(")").partition(".")[0] for part in parts]
+    return tuple(name for name in names if name)

@@ -14,7 +14,7 @@ from runner.errors import ConfigError, RunnerError
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys, rng_flags
 from runner.model import Model, split_variables, trace_model
-from runner.program import Program, build_run_optimizer, hyper_shapes
+from runner.program import Program, build_run_optimizer, eval_rows, hyper_shapes
 from runner.spec import Phase, RunSpec
 from runner.targets import first_line
 from runner.tasks import make_task
@@ -79,7 +79,13 @@ def _trace(
     rows = spec.data.batch_size // spec.train.accumulation_steps
     x = jax.ShapeDtypeStruct((rows, *data.x_train.shape[1:]), data.x_train.dtype)
     traces = trace_model(
-        model, plan=plan, fallback=spec.rng.fallback, x=x, keys=keys, hypers=hypers
+        model,
+        plan=plan,
+        fallback=spec.rng.fallback,
+        x=x,
+        eval_rows=eval_rows(spec, data),
+        keys=keys,
+        hypers=hypers,
     )
     params, _ = split_variables(traces[Phase.INIT].outputs)
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from runner.audit import Draw
+from runner.errors import ConfigError
 from runner.keys import (
     Op,
     base_key_words,
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 SCHEMA = 1
+_LONGEST_CARRY = 1_000_000
 
 
 def make_ledger(program: Program) -> dict[str, Any]:
@@ -231,6 +233,13 @@ def expand(
         return
     ops = tuple(_read_op(row) for row in draw["derivation"])
     epoch = step // ledger["sizes"]["steps_per_epoch"]
+    if step > _LONGEST_CARRY and any(op.op == "carry" for op in ops):
+        raise ConfigError(
+            "--step",
+            "too many splits to list for a stream that is carried",
+            got=step,
+            allowed=f"At most {_LONGEST_CARRY:,} for stream {draw['stream']}",
+        )
     fixed: dict[str, int] = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
     if Coordinate.MICROBATCH in [op.coordinate for op in ops]:
         name = "microbatches" if phase == Phase.TRAIN else "eval_batches"

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax
+import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Key, PyTree
 
@@ -29,15 +31,17 @@ class Model:
     Args:
         node: Its config.
         trusted: Packages whose code may run.
+        dtype: Type in which it computes; parameters and outputs are float32.
     """
 
     node: Node
     trusted: tuple[str, ...]
+    dtype: str = "float32"
 
     @classmethod
     def of(cls, spec: RunSpec) -> "Model":
         """The model of a run."""
-        return cls(spec.model, spec.trusted)
+        return cls(spec.model, spec.trusted, spec.train.compute_dtype)
 
     def build(self, hypers: Mapping[str, Any]) -> nn.Module:
         """The module, with hypers (which may be traced) in their places."""
@@ -64,7 +68,9 @@ class Model:
     ) -> tuple[Array, PyTree]:
         """Outputs, and the collections other than `params` after the call."""
         module = self.build(hypers)
-        _, collections = split_variables(variables)
+        params, collections = split_variables(variables)
+        variables = {"params": _cast(params, self.dtype), **collections}
+        x = _cast(x, self.dtype)
         mutable = list(collections) if train else []
         outputs, after = module.apply(
             variables,
@@ -73,7 +79,8 @@ class Model:
             rngs=dict(rngs),
             mutable=mutable,
         )
-        return outputs, {**collections, **flax.core.unfreeze(after)}
+        after = _cast_like(flax.core.unfreeze(after), collections)
+        return _cast(outputs, "float32"), {**collections, **after}
 
 
 def split_variables(variables: Mapping[str, Any]) -> tuple[PyTree, dict[str, PyTree]]:
@@ -83,7 +90,14 @@ def split_variables(variables: Mapping[str, Any]) -> tuple[PyTree, dict[str, PyT
 
 
 def trace_model(
-    model: Model, *, plan: KeyPlan, fallback: str, x: Any, keys: Any, hypers: Any
+    model: Model,
+    *,
+    plan: KeyPlan,
+    fallback: str,
+    x: Any,
+    eval_rows: int,
+    keys: Any,
+    hypers: Any,
 ) -> dict[Phase, Trace]:
     """Traces the model in every phase; runs nothing.
 
@@ -93,6 +107,7 @@ def trace_model(
             so that a draw there which no variable depends on moves nothing else.
         fallback: `rng.fallback`.
         x: Shape and dtype of a microbatch of inputs.
+        eval_rows: Rows in one batch of an evaluation.
         keys: Shapes of the streams' keys.
         hypers: Shapes of the hypers.
 
@@ -131,11 +146,11 @@ def trace_model(
         return lambda rngs, v, x, hypers: model.apply(v, x, rngs, hypers, train=train)
 
     first = trace(Phase.INIT, init, x, hypers)
-    args = (first.outputs, x, hypers)
+    test_x = jax.ShapeDtypeStruct((eval_rows, *x.shape[1:]), x.dtype)
     return {
         Phase.INIT: first,
-        Phase.TRAIN: trace(Phase.TRAIN, call(train=True), *args),
-        Phase.EVAL: trace(Phase.EVAL, call(train=False), *args),
+        Phase.TRAIN: trace(Phase.TRAIN, call(train=True), first.outputs, x, hypers),
+        Phase.EVAL: trace(Phase.EVAL, call(train=False), first.outputs, test_x, hypers),
     }
 
 
@@ -173,6 +188,28 @@ def _refuse(missing: tuple[Missing, ...], plan: KeyPlan, phase: Phase) -> None:
         allowed=f"{where}; declared: {', '.join(plan.streams) or 'none'}",
         fix=did_you_mean(name, plan.streams) or new,
     )
+
+
+def _cast(tree: PyTree, dtype: str) -> PyTree:
+    """Floating-point leaves in another type; others as they are."""
+
+    def cast(leaf: Array) -> Array:
+        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if floating else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _cast_like(tree: dict[str, PyTree], like: dict[str, PyTree]) -> dict[str, PyTree]:
+    """Collections in the types that they had; one of another shape is left alone."""
+
+    def cast(name: str, after: PyTree) -> PyTree:
+        structures: list[Any] = [jax.tree.structure(t) for t in (after, like.get(name))]
+        if structures[0] != structures[1]:
+            return after
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), after, like[name])
+
+    return {name: cast(name, after) for name, after in tree.items()}
 
 
 def _flags(module: nn.Module, *, train: bool) -> dict[str, Any]:

@@ -117,8 +117,7 @@ class Program:
     @property
     def eval_rows(self) -> int:
         """Rows in one batch of an evaluation."""
-        rows = len(self.data.x_test)
-        return min(self.spec.eval.batch_size or _AUTO_EVAL_ROWS, rows)
+        return eval_rows(self.spec, self.data)
 
     @property
     def eval_batches(self) -> int:
@@ -228,6 +227,11 @@ def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:
     return setup
 
 
+def eval_rows(spec: RunSpec, data: Dataset) -> int:
+    """Rows in one batch of an evaluation."""
+    return min(spec.eval.batch_size or _AUTO_EVAL_ROWS, len(data.x_test))
+
+
 def _make_parts(program: Program, phase: Phase) -> Parts:
     spec = program.spec
     return Parts(
@@ -242,7 +246,6 @@ def _make_parts(program: Program, phase: Phase) -> Parts:
         ),
         microbatches=spec.train.accumulation_steps,
         unroll=program.construct is Construct.STEP,
-        compute_dtype=spec.train.compute_dtype,
         max_norm=spec.train.max_norm is not None,
     )
 

@@ -23,7 +23,12 @@ from runner.loop import Outcome, Snapshot, train
 from runner.parse import to_plain
 from runner.program import Program
 from runner.records.checkpoint import Checkpoints
-from runner.records.digests import digest_file, digest_leaves, digest_plain
+from runner.records.digests import (
+    digest_config,
+    digest_file,
+    digest_leaves,
+    digest_plain,
+)
 from runner.records.environment import read_git, read_platform, read_versions
 from runner.records.events import RunEnd, RunStart, TrainRecord
 from runner.records.files import write_atomically
@@ -219,7 +224,7 @@ class _Recording:
             "inputs": dict(program.hypers),
             "constants": list(program.baked),
             "digests": {
-                "config": digest_plain(self.config),
+                "config": digest_config(self.config),
                 "keys": digest_plain(self.ledger),
                 "data": program.data.digest(),
                 "params": None,

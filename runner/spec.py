@@ -416,6 +416,7 @@ def _check_host_stream(path: str, stream: StreamSpec) -> None:
 
 
 def _check_host_streams(spec: RunSpec) -> None:
+    split_name = getattr(spec.data, "split", None)
     for use in ("shuffle", "split"):
         name = getattr(spec.data, use, None)
         if name is None:
@@ -437,6 +438,13 @@ def _check_host_streams(spec: RunSpec) -> None:
                 got=stream.kind.value,
                 fix=f"Set rng.streams.{name}.kind=host",
             )
+    if spec.data.shuffle is not None and spec.data.shuffle == split_name:
+        raise ConfigError(
+            "data.shuffle",
+            "the stream that chooses the test rows can't order the others, too",
+            got=spec.data.shuffle,
+            fix="Give each a stream of its own",
+        )
     if spec.rng.streams and getattr(spec.data, "split", None):
         split = spec.rng.streams[spec.data.split]  # type: ignore[union-attr]
         if Coordinate.EPOCH in split.per:

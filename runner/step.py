@@ -57,7 +57,6 @@ class Parts:
             is carried on; microbatch is None where there is but one.
         microbatches: Number of parts of a batch.
         unroll: Write the microbatches out instead of looping over them.
-        compute_dtype: Type in which the model computes; parameters stay float32.
         max_norm: Whether `train.max_norm` is among the hypers.
     """
 
@@ -67,7 +66,6 @@ class Parts:
     rngs: Callable[..., tuple[dict[str, Any], dict[str, Any]]]
     microbatches: int = 1
     unroll: bool = False
-    compute_dtype: str = "float32"
     max_norm: bool = False
 
 
@@ -81,13 +79,11 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
     def loss_fn(
         params: Any, collections: Any, batch: Batch, rngs: Any, hypers: Any
     ) -> Any:
-        variables = {"params": _cast(params, parts.compute_dtype), **collections}
-        x = _cast(batch.x, parts.compute_dtype)
-        outputs, after = parts.apply(variables, x, rngs, hypers, train=True)
-        outputs = _cast(outputs, jnp.float32)
+        variables = {"params": params, **collections}
+        outputs, after = parts.apply(variables, batch.x, rngs, hypers, train=True)
         loss = parts.task.loss(outputs, batch.y, hypers).mean()
         metrics = jax.tree.map(jnp.mean, parts.task.metrics(outputs, batch.y))
-        return loss, (_cast_like(after, collections), {**metrics, "loss": loss})
+        return loss, (after, {**metrics, "loss": loss})
 
     grad_fn = jax.grad(loss_fn, has_aux=True)
 
@@ -153,11 +149,9 @@ def make_eval_step(parts: Parts) -> Callable[..., Metrics]:
         state: State, batch: Batch, weights: Array, keys: Any, hypers: Any, part: Any
     ) -> Metrics:
         rngs, _ = parts.rngs(keys, {}, state.step, part)
-        params = _cast(state.params, parts.compute_dtype)
-        variables = {"params": params, **state.collections}
-        x = _cast(batch.x, parts.compute_dtype)
-        outputs, _ = parts.apply(variables, x, rngs, hypers, train=False)
-        values = parts.task.metrics(_cast(outputs, jnp.float32), batch.y)
+        variables = {"params": state.params, **state.collections}
+        outputs, _ = parts.apply(variables, batch.x, rngs, hypers, train=False)
+        values = parts.task.metrics(outputs, batch.y)
         return {
             name: jnp.sum(jnp.where(weights > 0, v * weights, 0))
             for name, v in values.items()
@@ -187,17 +181,3 @@ def constrain_norms(params: PyTree, *, max_norm: float | Array) -> PyTree:
 def _all_finite(tree: PyTree) -> Array:
     leaves = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]
     return jnp.stack(leaves).all()
-
-
-def _cast(tree: PyTree, dtype: Any) -> PyTree:
-    """Floating-point leaves in another type; others as they are."""
-
-    def cast(leaf: Array) -> Array:
-        floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(dtype) if floating else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-def _cast_like(tree: PyTree, like: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf, old: leaf.astype(old.dtype), tree, like)

@@ -25,7 +25,11 @@ import yaml
 
 import runner.cli
 from runner import CONF_DIR
-from runner.records.digests import digest_file, digest_leaves, digest_plain
+from runner.records.digests import (
+    digest_config,
+    digest_file,
+    digest_leaves,
+)
 from runner.records.metrics import read_metrics
 from runner.spec import parse_spec
 
@@ -283,7 +287,7 @@ def test_config_alone_rebuilds_the_spec(short: Ran, compose_config: Any) -> None
     assert parse_spec(config) == parse_spec(composed)
     assert hash(parse_spec(config)) == hash(parse_spec(composed))
     assert "${" not in text
-    assert digest_plain(config) == short.manifest["digests"]["config"]
+    assert digest_config(config) == short.manifest["digests"]["config"]
 
 
 @shared

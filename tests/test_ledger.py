@@ -30,7 +30,7 @@ from runner.ledger import (
 )
 from runner.parse import to_plain
 from runner.program import Program, _make_parts
-from runner.records.digests import digest_plain
+from runner.records.digests import digest_config, digest_plain
 from runner.spec import Phase, parse_spec
 from runner.step import Batch, make_eval_step, make_step
 
@@ -477,7 +477,7 @@ def test_config_digest_sees_an_order_that_counts(arrays: Path, kind: str) -> Non
     ledgers = [make_ledger(program) for program in (left, right)]
     assert entries(ledgers[0], 1, "train") != entries(ledgers[1], 1, "train")
     assert digest_plain(ledgers[0]) != digest_plain(ledgers[1])
-    specs = [digest_plain(to_plain(program.spec)) for program in (left, right)]
+    specs = [digest_config(to_plain(program.spec)) for program in (left, right)]
     assert specs[0] != specs[1]
 
 

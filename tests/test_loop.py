@@ -516,8 +516,9 @@ def compilations() -> Iterator[list[str]]:
 
     listener, log = Listener(), logging.getLogger("jax")
     log.addHandler(listener)
-    with jax.log_compiles():
-        yield names
+    jax.config.update("jax_log_compiles", True)  # in every thread
+    yield names
+    jax.config.update("jax_log_compiles", False)
     log.removeHandler(listener)
 
 

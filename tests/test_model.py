@@ -336,3 +336,59 @@ def test_traced_model_runs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen
     assert not any(issubclass(kind, np.ndarray) for kind in seen)
     assert not any(kind is type(jnp.zeros(())) for kind in seen)
+
+
+# --- dtypes
+
+
+def test_bfloat16_is_for_the_call_alone(trusted_module: Any) -> None:
+    """Parameters and inputs are cast; outputs are float32, collections as they were."""
+    seen: list[str] = []
+
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            kernel = self.param("kernel", nn.initializers.ones, (3, 2))
+            mean = self.variable("stats", "mean", jnp.ones, (), jnp.float32)
+            self.variable("stats", "count", jnp.zeros, (), jnp.int32)
+            if not self.is_initializing():
+                seen.append(f"{x.dtype} {kernel.dtype} {mean.value.dtype}")
+                mean.value = mean.value.astype(jnp.bfloat16)  # a careless model
+            return x @ kernel.astype(x.dtype)
+
+    model = trusted_module(Half, dtype="bfloat16")
+    x = jnp.ones((4, 3))
+    variables = model.init({"params": jax.random.key(0)}, x, {})
+    assert variables["params"]["kernel"].dtype == jnp.float32
+    outputs, after = model.apply(variables, x, {}, {}, train=True)
+    assert outputs.dtype == jnp.float32
+    assert after["stats"]["mean"].dtype == jnp.float32
+    assert after["stats"]["count"].dtype == jnp.int32
+    assert set(seen) == {"bfloat16 bfloat16 float32"}
+
+
+def test_integer_inputs_are_not_cast(trusted_module: Any) -> None:
+    seen = []
+
+    class Table(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            seen.append(x.dtype)
+            return self.param("table", nn.initializers.ones, (5, 2))[x]
+
+    model = trusted_module(Table, dtype="bfloat16")
+    x = jnp.zeros(4, jnp.int32)
+    variables = model.init({"params": jax.random.key(0)}, x, {})
+    model.apply(variables, x, {}, {}, train=True)
+    assert set(seen) == {jnp.dtype("int32")}
+
+
+@pytest.fixture
+def trusted_module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `Model` that builds an instance of a class defined in a test."""
+
+    def make(cls: type[nn.Module], *, dtype: str) -> Model:
+        monkeypatch.setattr(Model, "build", lambda self, hypers: cls())
+        return Model(Node({"_target_": "x"}), (), dtype)
+
+    return make

@@ -260,65 +260,6 @@ def test_max_norm_is_used_in_a_step() -> None:
     assert to_bits(plain.params) != to_bits(after.params)
 
 
-# --- dtypes
-
-
-def test_bfloat16_casts() -> None:
-    seen: dict[str, Any] = {}
-
-    def spy(variables: Any, x: Any, *rest: Any, train: bool) -> tuple[Any, Any]:
-        params = variables["params"]
-        seen[f"train {train}"] = (
-            *sorted({leaf.dtype.name for leaf in jax.tree.leaves(params)}),
-            x.dtype.name,
-            variables["stats"]["mean"].dtype.name,
-            variables["stats"]["count"].dtype.name,
-        )
-        outputs = x @ params["kernel"]
-        seen[f"outputs {train}"] = outputs.dtype
-        half = variables["stats"]["mean"].astype(jnp.bfloat16)  # a careless model
-        return outputs, {"stats": {**variables["stats"], "mean": half}}
-
-    def loss(outputs: Any, targets: Any, _: Any) -> Any:
-        seen["loss"] = outputs.dtype
-        return jnp.square(outputs[:, 0] - targets)
-
-    task = replace(make_task(RegressionSpec()), loss=loss)
-    made = parts(apply=spy, task=task, compute_dtype="bfloat16")
-    hypers = {"rate": 0.1}
-    params = {"kernel": jnp.asarray(values(WIDTH, 1))}
-    stats = {"mean": jnp.float32(1), "count": jnp.int32(4)}
-    opt_state = made.optimizer(hypers).init(params)
-    state = State(jnp.int32(0), params, {"stats": stats}, opt_state, {}, jnp.int32(-1))
-    after, metrics = jax.jit(make_step(made))(state, batch(), {}, hypers)
-    evaluate = jax.jit(make_eval_step(made))
-    sums = evaluate(state, batch(), jnp.ones(ROWS), {}, hypers, jnp.int32(0))
-    assert seen["train True"] == seen["train False"]
-    assert seen["train True"] == ("bfloat16", "bfloat16", "float32", "int32")
-    assert seen["outputs True"] == seen["outputs False"] == jnp.bfloat16
-    assert seen["loss"] == jnp.float32
-    found = {m.dtype.name for m in [*metrics.values(), *sums.values()]}
-    assert found == {"float32"}
-    shape = [(x.dtype, x.shape) for x in jax.tree.leaves(state)]
-    assert [(x.dtype, x.shape) for x in jax.tree.leaves(after)] == shape
-
-
-def test_integer_inputs_are_not_cast() -> None:
-    seen = []
-
-    def spy(variables: Any, x: Any, *rest: Any, train: bool) -> tuple[Any, Any]:
-        seen.append(x.dtype)
-        return variables["params"]["kernel"][x, 0], {}
-
-    made = parts(apply=spy, compute_dtype="bfloat16")
-    params = {"kernel": jnp.asarray(values(WIDTH, 1))}
-    opt_state = made.optimizer({"rate": 0.1}).init(params)
-    state = State(jnp.int32(0), params, {}, opt_state, {}, jnp.int32(-1))
-    rows = Batch(np.zeros(4, np.int32), np.zeros(4, np.float32))
-    jax.eval_shape(make_step(made), state, rows, {}, {"rate": 0.1})
-    assert seen == [jnp.int32]
-
-
 # --- evaluation
 
 

@@ -76,7 +76,9 @@ class Gate(Callback):
         with read_write(config), open_dict(config):
             for path, shown in secrets.shown.items():
                 OmegaConf.update(config, path, shown)
-        for override in config.hydra.overrides.task:
+        overrides: Any = config.hydra.overrides.task
+        overrides = OmegaConf.to_container(overrides, resolve=False)
+        for override in overrides:
             if secrets.blot(override) != override:
                 raise Refused(
                     ConfigError(

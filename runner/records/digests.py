@@ -2,6 +2,7 @@
 """SHA-256 over values, bit by bit."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,23 @@ import numpy as np
 
 from runner.records.files import canonical_json
 
-__all__ = ["digest_file", "digest_leaves", "digest_plain"]
+__all__ = ["digest_config", "digest_file", "digest_leaves", "digest_plain"]
 
 
 def digest_plain(value: Any) -> str:
-    """SHA-256 hex of plain data, over its canonical JSON."""
+    """SHA-256 hex of plain data, over its canonical JSON; the order of keys is none."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+def digest_config(config: Any) -> str:
+    """SHA-256 hex of a config, whose order counts: streams that split, `per`."""
+    return digest_plain(_as_pairs(config))
+
+
+def _as_pairs(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return [[str(key), _as_pairs(child)] for key, child in value.items()]
+    return list(map(_as_pairs, value)) if isinstance(value, list | tuple) else value
 
 
 def digest_leaves(leaves: dict[str, np.ndarray]) -> str:
