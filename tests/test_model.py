@@ -148,7 +148,13 @@ def trace(
     seeds = dict.fromkeys(plan.streams, jax.ShapeDtypeStruct((), jnp.uint32))
     keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
     return trace_model(
-        made, plan=plan, fallback=fallback, x=X, keys=keys, hypers=hypers or {}
+        made,
+        plan=plan,
+        fallback=fallback,
+        x=X,
+        eval_rows=X.shape[0],
+        keys=keys,
+        hypers=hypers or {},
     )
 
 

@@ -2,6 +2,7 @@
 """`runner +experiment=NAME [overrides]`: composes, plans, trains, records."""
 
 import contextlib
+import itertools
 import os
 import signal
 import sys
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "main", "prepare"]
 
 _INTERRUPTED = 130
+_FLAGS_WITH_VALUE = (
+    *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn"),
+    *("--config-name", "-cd", "--config-dir", "--experimental-rerun"),
+)
 _HYDRAS = (HydraException, OmegaConfBaseException)
 
 
@@ -48,7 +53,7 @@ def main(args: list[str]) -> int:
     app = hydra.main(
         version_base=HYDRA_VERSION_BASE, config_path=str(CONF_DIR), config_name="config"
     )(_job)
-    sys.argv = ["runner", *args]
+    sys.argv = ["runner", *_flags_first(args)]
     try:
         with _full_errors():
             app()
@@ -61,6 +66,20 @@ def main(args: list[str]) -> int:
             raise
         raise refusal_of(error, args) from error
     return 0
+
+
+def _flags_first(args: list[str]) -> list[str]:
+    """Hydra takes no override after a flag that follows one; people type them so."""
+    flags, overrides = [], []
+    words = iter(args)
+    for word in words:
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        flags.append(word)
+        if word in _FLAGS_WITH_VALUE:
+            flags.extend(itertools.islice(words, 1))
+    return [*flags, *overrides]
 
 
 def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
