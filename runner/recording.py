@@ -99,6 +99,7 @@ class _Recording:
         self.ledger = make_ledger(program)
         self.metrics: dict[str, float] = {}
         self.best: tuple[float, int] | None = None
+        self.taken = 0  # steps whose metrics are written
         keep = program.spec.checkpoint.keep
         self.checkpoints = Checkpoints(directory / "checkpoints", keep=keep)
         self.manifest = self._first_manifest(sweep)
@@ -129,6 +130,7 @@ class _Recording:
                 continue
             if isinstance(event, TrainRecord):
                 last = {f"train/{k}": float(v[-1]) for k, v in event.metrics.items()}
+                self.taken = event.first_step + event.steps
             else:
                 last = {f"eval/{k}": v for k, v in event.metrics.items()}
                 if event.best:
@@ -149,11 +151,9 @@ class _Recording:
         )
 
     def _abort(self, reason: str) -> RunEnd:
-        return self._close("failed", self.secrets.blot(reason), None, 0.0)
+        return self._close("failed", self.secrets.blot(reason), self.taken, 0.0)
 
-    def _close(
-        self, status: str, reason: str, steps: int | None, seconds: float
-    ) -> RunEnd:
+    def _close(self, status: str, reason: str, steps: int, seconds: float) -> RunEnd:
         metrics = self.directory / "metrics.jsonl"
         if metrics.exists():
             self.manifest["digests"]["metrics"] = digest_file(metrics)
@@ -171,7 +171,7 @@ class _Recording:
         return RunEnd(
             status=status,
             reason=reason,
-            steps=steps or 0,
+            steps=steps,
             seconds=seconds,
             metrics=self.metrics,
             best=self.best,
@@ -179,13 +179,14 @@ class _Recording:
         )
 
     def _write_start(self) -> None:
-        self._write_manifest()
+        """Config and ledger, then the manifest that makes this a run directory."""
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
         write_atomically(self.directory / "config.yaml", text)
         keys = self.directory / "keys"
         keys.mkdir(exist_ok=True)
         text = json.dumps(self.ledger, indent=1, allow_nan=False)
         write_atomically(keys / "ledger.json", text + "\n")
+        self._write_manifest()
 
     def _write_manifest(self) -> None:
         text = json.dumps(self.manifest, indent=2, allow_nan=False)
