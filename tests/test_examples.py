@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from runner.parse import to_plain
 from runner.spec import parse_spec
 
 ROOT = Path(__file__).parents[1]
@@ -79,7 +80,7 @@ def test_yaml_parses(page: Path, compose_config: Any) -> None:
         if "rng" in given:
             streams = resolved["rng"]["streams"]
             streams.setdefault("split", {"kind": "host", "seed": 0})
-        parse_spec(resolved)
+        assert to_plain(parse_spec(resolved))["model"] == resolved["model"]
 
 
 def _resolve(config: dict[str, Any]) -> dict[str, Any]:

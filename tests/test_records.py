@@ -52,6 +52,7 @@ def _claim(gate: Any, wanted: str, exact: bool, answers: Any) -> None:
             answers.put(str(claim_directory(Path(wanted), exact=exact)))
         except RecordError as error:
             answers.put(error)
+    gate.wait()  # a claim holds as long as its process lives
 
 
 def race(wanted: Path, *, exact: bool) -> list[Any]:
