@@ -4,6 +4,7 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import flax
@@ -116,42 +117,49 @@ def trace_model(
         ConfigError: its own code raised, or a stream's phases leave one out.
     """
 
-    def trace(phase: Phase, function: Any, *args: Any) -> Trace:
-        names = keys if phase is Phase.INIT else plan.in_phase(phase)
-        rngs = {name: keys[name] for name in names}
-        try:
-            found = trace_draws(function, rngs, *args)
-        except flax.errors.InvalidRngError as error:
-            _refuse(error.missing, plan, phase)  # type: ignore[attr-defined]
-            raise
-        except (RunnerError, *NEEDS_VALUE):
-            raise
-        except Exception as error:
-            kind, _, said = first_line(error).partition(": ")
-            raise ConfigError(
-                "model",
-                f"its code raised {kind} in {phase}: {said}",
-                allowed=f"It was called with x of shape {x.shape}",
-                fix="HYDRA_FULL_ERROR=1 shows where",
-            ) from error
-        if fallback == "error" or Phase.INIT not in _phases_of(plan, "params"):
-            _refuse(found.missing, plan, phase)
-        _refuse(_out_of_phase(found, plan, phase), plan, phase)
-        return found
+    trace = partial(_trace_phase, plan=plan, keys=keys, fallback=fallback)
 
     def init(rngs: Any, x: Any, hypers: Any) -> Any:
         return model.init(rngs, x, hypers)
 
     def call(train: bool) -> Any:
-        return lambda rngs, v, x, hypers: model.apply(v, x, rngs, hypers, train=train)
+        return lambda rngs, x, v, hypers: model.apply(v, x, rngs, hypers, train=train)
 
     first = trace(Phase.INIT, init, x, hypers)
     test_x = jax.ShapeDtypeStruct((eval_rows, *x.shape[1:]), x.dtype)
+    variables = first.outputs
     return {
         Phase.INIT: first,
-        Phase.TRAIN: trace(Phase.TRAIN, call(train=True), first.outputs, x, hypers),
-        Phase.EVAL: trace(Phase.EVAL, call(train=False), first.outputs, test_x, hypers),
+        Phase.TRAIN: trace(Phase.TRAIN, call(train=True), x, variables, hypers),
+        Phase.EVAL: trace(Phase.EVAL, call(train=False), test_x, variables, hypers),
     }
+
+
+def _trace_phase(
+    phase: Phase, function: Any, *args: Any, plan: KeyPlan, keys: Any, fallback: str
+) -> Trace:
+    """Traces `function(rngs, x, ...)` with the streams that the phase is given."""
+    names = keys if phase is Phase.INIT else plan.in_phase(phase)
+    rngs = {name: keys[name] for name in names}
+    try:
+        found = trace_draws(function, rngs, *args)
+    except flax.errors.InvalidRngError as error:
+        _refuse(error.missing, plan, phase)  # type: ignore[attr-defined]
+        raise
+    except (RunnerError, *NEEDS_VALUE):
+        raise
+    except Exception as error:
+        kind, _, said = first_line(error).partition(": ")
+        raise ConfigError(
+            "model",
+            f"its code raised {kind} in {phase}: {said}",
+            allowed=f"It was called with x of shape {args[0].shape}",
+            fix="HYDRA_FULL_ERROR=1 shows where",
+        ) from error
+    if fallback == "error" or Phase.INIT not in _phases_of(plan, "params"):
+        _refuse(found.missing, plan, phase)
+    _refuse(_out_of_phase(found, plan, phase), plan, phase)
+    return found
 
 
 def _out_of_phase(trace: Trace, plan: KeyPlan, phase: Phase) -> tuple[Missing, ...]:

@@ -76,6 +76,34 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
     was, and `failed` names the step.
     """
 
+    gradients = _make_gradients(parts)
+
+    def train_step(
+        state: State, batch: Batch, keys: Any, hypers: Any
+    ) -> tuple[State, Metrics]:
+        grads, collections, metrics, carried = gradients(state, batch, keys, hypers)
+        optimizer = parts.optimizer(hypers)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, value=metrics["loss"]
+        )
+        params = optax.apply_updates(state.params, updates)
+        if parts.max_norm:
+            params = constrain_norms(params, max_norm=hypers["train.max_norm"])
+        finite = _all_finite((metrics["loss"], updates))
+        taken = finite & (state.failed < 0)
+        step = state.step + 1
+        after = State(step, params, collections, opt_state, carried, state.failed)
+        kept = jax.tree.map(lambda a, b: jnp.where(taken, a, b), after, state)
+        failed = jnp.where(taken | (state.failed >= 0), state.failed, state.step)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return kept._replace(failed=failed), metrics
+
+    return train_step
+
+
+def _make_gradients(parts: Parts) -> Callable[..., Any]:
+    """(state, batch, keys, hypers) to gradients, collections, metrics, carried keys."""
+
     def loss_fn(
         params: Any, collections: Any, batch: Batch, rngs: Any, hypers: Any
     ) -> Any:
@@ -116,27 +144,7 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
         metrics = jax.tree.map(jnp.mean, metrics)
         return grads, collections, metrics, jax.tree.map(lambda k: k[0], carried)
 
-    def train_step(
-        state: State, batch: Batch, keys: Any, hypers: Any
-    ) -> tuple[State, Metrics]:
-        grads, collections, metrics, carried = gradients(state, batch, keys, hypers)
-        optimizer = parts.optimizer(hypers)
-        updates, opt_state = optimizer.update(
-            grads, state.opt_state, state.params, value=metrics["loss"]
-        )
-        params = optax.apply_updates(state.params, updates)
-        if parts.max_norm:
-            params = constrain_norms(params, max_norm=hypers["train.max_norm"])
-        finite = _all_finite((metrics["loss"], updates))
-        taken = finite & (state.failed < 0)
-        step = state.step + 1
-        after = State(step, params, collections, opt_state, carried, state.failed)
-        kept = jax.tree.map(lambda a, b: jnp.where(taken, a, b), after, state)
-        failed = jnp.where(taken | (state.failed >= 0), state.failed, state.step)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return kept._replace(failed=failed), metrics
-
-    return train_step
+    return gradients
 
 
 def make_eval_step(parts: Parts) -> Callable[..., Metrics]:
