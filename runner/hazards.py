@@ -173,7 +173,7 @@ def _exclude(a: Draw, b: Draw) -> bool:
 
 
 def _written(ops: tuple[Op, ...]) -> tuple[Any, ...]:
-    return tuple((op.op, op.value, op.index) for op in ops)
+    return tuple((op.op, op.value, op.index, op.of) for op in ops)
 
 
 def _find_meetings(places: list[_Place]) -> Iterator[Hazard]:
@@ -192,7 +192,7 @@ def _find_meetings(places: list[_Place]) -> Iterator[Hazard]:
             fix = "Call make_rng once for each draw, or split its key"
             yield Hazard("R001", Severity.ERROR, what, stream, fix, draws)
         else:
-            what = "two derivations meet: split(key, n)[i] is fold_in(key, i)"
+            what = "two derivations meet: split(key, n)[i] is fold_in(key, i) for any n"
             fix = "Derive both by fold_in, or draw from two streams"
             yield Hazard("R008", Severity.ERROR, what, stream, fix, draws)
 

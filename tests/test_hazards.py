@@ -47,6 +47,17 @@ class Meets(nn.Module):
         return x + jax.random.normal(one, x.shape) + jax.random.normal(two, x.shape)
 
 
+class Splits(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, deterministic=False):
+        x = nn.Dense(10)(x.reshape(x.shape[0], -1))
+        if deterministic:
+            return x
+        key = self.make_rng("dropout")
+        one, two = jax.random.split(key, 2)[0], jax.random.split(key, 3)[0]
+        return x + jax.random.normal(one, x.shape) + jax.random.normal(two, x.shape)
+
+
 class Stranger(nn.Module):
     @nn.compact
     def __call__(self, x, *, deterministic=False):
@@ -200,6 +211,13 @@ def test_split_child_that_is_a_fold_in_child() -> None:
     model = {"_target_": "hazardlab.Meets", "number": 1}
     assert hazards(model=model) == [("R008", "rng.streams.dropout")]
     assert hazards(model={**model, "number": 2}) == []
+    assert hazards(model=model, rng={"partitionable": False}) == []
+
+
+def test_splits_of_one_key_into_other_numbers_share_children() -> None:
+    """split(key, 2)[0] is split(key, 3)[0]; without counters it is not."""
+    model = {"_target_": "hazardlab.Splits"}
+    assert hazards(model=model) == [("R008", "rng.streams.dropout")]
     assert hazards(model=model, rng={"partitionable": False}) == []
 
 

@@ -122,7 +122,7 @@ def _run_job(config: DictConfig) -> float | None:
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
     if Gate.prepared is None:  # a sweep's job: Hydra made the directory
-        claim_directory(directory, exact=True)
+        claim_directory(directory, exact=True, field="hydra.sweep.dir")
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
     write_hydra_files(directory, prepared.composed)

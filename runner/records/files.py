@@ -15,7 +15,7 @@ from runner.errors import RecordError
 __all__ = ["canonical_json", "claim_directory", "read_json", "write_atomically"]
 
 
-def claim_directory(path: Path, *, exact: bool) -> Path:
+def claim_directory(path: Path, *, exact: bool, field: str = "hydra.run.dir") -> Path:
     """Makes a directory that no other run has, by an exclusive `mkdir`.
 
     Args:
@@ -23,6 +23,7 @@ def claim_directory(path: Path, *, exact: bool) -> Path:
         exact: Refuse when it holds a run already, instead of trying `path-1`,
             `path-2`, ... An existing directory without a run is then taken, and
             locked until this process ends.
+        field: Config path that named it, for messages.
 
     Raises:
         RecordError: it can't be made, can't be written or holds a run.
@@ -30,7 +31,7 @@ def claim_directory(path: Path, *, exact: bool) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if exact:
-            return _claim_exactly(path)
+            return _claim_exactly(path, field)
         for n in itertools.count():
             wanted = path if n == 0 else path.with_name(f"{path.name}-{n}")
             with contextlib.suppress(FileExistsError):
@@ -38,18 +39,18 @@ def claim_directory(path: Path, *, exact: bool) -> Path:
                 return wanted
     except OSError as error:
         raise RecordError(
-            f"hydra.run.dir: can't be written (got {str(path)!r}: {error.strerror}). "
-            "Set hydra.run.dir to a directory of yours."
+            f"{field}: can't be written (got {str(path)!r}: {error.strerror}). "
+            f"Set {field} to a directory of yours."
         ) from error
     raise AssertionError("unreachable")
 
 
-def _claim_exactly(path: Path) -> Path:
+def _claim_exactly(path: Path, field: str) -> Path:
     path.mkdir(exist_ok=True)
     if (path / "run.json").exists():
         raise RecordError(
-            f"hydra.run.dir: holds a run already (got {str(path)!r}). "
-            "Set hydra.run.dir to a new directory."
+            f"{field}: holds a run already (got {str(path)!r}). "
+            f"Set {field} to a new directory."
         )
     lock = os.open(path, os.O_RDONLY)  # open, so locked, for as long as we live
     try:
@@ -57,8 +58,8 @@ def _claim_exactly(path: Path) -> Path:
     except BlockingIOError:
         os.close(lock)
         raise RecordError(
-            f"hydra.run.dir: holds a run already, just begun (got {str(path)!r}). "
-            "Set hydra.run.dir to a new directory."
+            f"{field}: holds a run already, just begun (got {str(path)!r}). "
+            f"Set {field} to a new directory."
         ) from None
     with tempfile.TemporaryFile(dir=path):  # can it be written?
         return path
