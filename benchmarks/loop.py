@@ -33,7 +33,7 @@ from runner.program import Program
 from runner.recording import record_run
 from runner.records.secrets import Secrets
 
-__all__ = ["main"]
+__all__ = ["main", "print_machine"]
 
 _OURS = "runner, no sinks"
 _RECORDED = "runner, recorded"
@@ -46,14 +46,15 @@ def main() -> None:
     parser.add_argument("--only", choices=["loop", "start"])
     parser.add_argument("--case", default="", help="cases with this in their name")
     asked = parser.parse_args()
-    _print_machine()
+    print_machine()
     if asked.only != "start":
         _measure_loops(rounds=5 if asked.quick else 9, wanted=asked.case)
     if asked.only != "loop":
         measure_startup(rounds=3 if asked.quick else 7)
 
 
-def _print_machine() -> None:
+def print_machine() -> None:
+    """Prints what the figures were measured on."""
     device = jax.devices()[0]
     print(
         f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
@@ -108,8 +109,10 @@ def _contenders(
 
 def _begun_ready(program: Program) -> Program:
     """Lets the clock of the loop start when the first state is there, as by hand."""
-    start = program.start
-    object.__setattr__(program, "start", lambda: jax.block_until_ready(start()))
+    start = program.start_observed
+    object.__setattr__(
+        program, "start_observed", lambda: jax.block_until_ready(start())
+    )
     return program
 
 

@@ -6,9 +6,13 @@ traced scalars of any float dtype: neither changes the dtype of what a module
 returns, so that one compiled program serves every value.
 """
 
+from .branches import Branches, Identity
 from .cnn import CNN
+from .control import Cond, Switch, WhileLoop
+from .declare import Compact, Declare
 from .dropout import Dropout
 from .flatten import Flatten
+from .keys import Keys, RandomInteger
 from .mlp import MLP
 from .noise import Noise
 from .residual import ResidualMLPBlock
@@ -18,10 +22,19 @@ from .variable import Variable
 __all__ = [
     "CNN",
     "MLP",
+    "Branches",
+    "Compact",
+    "Cond",
+    "Declare",
     "Dropout",
     "Flatten",
+    "Identity",
+    "Keys",
     "Noise",
+    "RandomInteger",
     "ResidualMLPBlock",
     "Sequential",
+    "Switch",
     "Variable",
+    "WhileLoop",
 ]

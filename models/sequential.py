@@ -1,14 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A chain of layers that hands the training flag to those which take it."""
 
-import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
-import jax
 from jaxtyping import Array, Bool
+
+from .flags import flags_for
 
 __all__ = ["Sequential"]
 
@@ -68,10 +67,9 @@ class Sequential(nn.Module):
                 f"layers: nothing to call in '{self.name}' (got []). "
                 "Give at least one layer."
             )
-        flags = _flags(deterministic)
         outputs: Any = args
         for layer in self.layers:
-            taken = {name: flags[name] for name in flags if _takes(layer, name)}
+            taken = flags_for(layer, deterministic=deterministic)
             if isinstance(outputs, tuple):
                 outputs = layer(*outputs, **taken)
             elif isinstance(outputs, dict):
@@ -79,32 +77,3 @@ class Sequential(nn.Module):
             else:
                 outputs = layer(outputs, **taken)
         return outputs
-
-
-def _flags(deterministic: bool | Bool[Array, ""] | None) -> dict[str, Any]:
-    if deterministic is None:
-        return {}
-    traced = isinstance(deterministic, jax.Array)
-    train = ~deterministic if traced else not deterministic
-    return {
-        "deterministic": deterministic,
-        "use_running_average": deterministic,
-        "train": train,
-        "training": train,
-    }
-
-
-def _takes(layer: Callable[..., Any], flag: str) -> bool:
-    if getattr(layer, flag, None) is not None:
-        return False
-    if isinstance(layer, functools.partial) and flag in layer.keywords:
-        return False
-    called = type(layer).__call__ if isinstance(layer, nn.Module) else layer
-    try:
-        parameter = inspect.signature(called).parameters.get(flag)
-    except (TypeError, ValueError):  # some builtins have no signature
-        return False
-    return parameter is not None and parameter.kind in (
-        inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        inspect.Parameter.KEYWORD_ONLY,
-    )

@@ -2,6 +2,7 @@
 """Plain trees of `_target_` nodes to Flax modules and optax transforms.
 
     {_target_: a.b.C, _args_: [...], _partial_: true, key: value, ...}
+    {lift: scan, name: layers, module: {_target_: ...}, ...}    see `runner.lift`
 
 A node's other keys are the arguments of what it names, nested nodes built first;
 `_args_` are positional ones, `_partial_` binds instead of calling. Lists become
@@ -25,18 +26,13 @@ import numpy as np
 from flax import linen as nn
 
 from runner.errors import TargetError, did_you_mean
-from runner.targets import Target, Use, first_line, resolve_target
+from runner.lift import build_lift
+from runner.targets import NEEDS_VALUE, Target, Use, first_line, resolve_target
 
 if typing.TYPE_CHECKING:
     import optax
 
-__all__ = ["NEEDS_VALUE", "build_module", "build_optimizer"]
-
-NEEDS_VALUE = (
-    jax.errors.ConcretizationTypeError,
-    jax.errors.TracerArrayConversionError,
-)
-"""What Python code raises that must know the value of a traced number."""
+__all__ = ["build_module", "build_optimizer"]
 
 _KEYS = ("_target_", "_args_", "_partial_")
 _ARRAYS = (jax.Array, np.ndarray, np.generic)
@@ -90,13 +86,13 @@ def build_optimizer(
 
 
 def _unwrap(node: Any, *, inner: str, path: str) -> tuple[Mapping[str, Any], str]:
-    if isinstance(node, Mapping) and inner in node and not _is_node(node, path=path):
+    if isinstance(node, Mapping) and inner in node and not _is_node(node):
         for key, value in node.items():
             if key != inner and not _is_plain(value):
                 rule = f"only plain values may stand beside {inner}"
                 raise TargetError(f"{path}.{key}", rule, got=value)
         node, path = node[inner], f"{path}.{inner}"
-    if not _is_node(node, path=path):
+    if not _is_node(node) or (inner != "module" and _is_lift(node)):
         rule = f"must be a mapping with a _target_, or with one under {inner}"
         raise TargetError(path, rule, got=node)
     return node, path
@@ -108,17 +104,16 @@ def _is_plain(value: Any) -> bool:
     return not isinstance(value, Mapping)
 
 
-def _is_node(value: Any, *, path: str) -> bool:
-    if not isinstance(value, Mapping):
-        return False
-    if "lift" in value and "_target_" not in value:
-        rule = "lifted transforms are not built yet"
-        raise TargetError(f"{path}.lift", rule, got=value["lift"])
-    return "_target_" in value
+def _is_node(value: Any) -> bool:
+    return isinstance(value, Mapping) and ("_target_" in value or "lift" in value)
+
+
+def _is_lift(node: Mapping[str, Any]) -> bool:
+    return "_target_" not in node
 
 
 def _build(value: Any, *, path: str, trusted: tuple[str, ...]) -> Any:
-    if _is_node(value, path=path):
+    if _is_node(value):
         return _build_node(value, path=path, trusted=trusted)
     build = functools.partial(_build, trusted=trusted)
     if isinstance(value, Mapping):
@@ -135,6 +130,9 @@ def _build_node(
     trusted: tuple[str, ...],
     is_root: bool = False,
 ) -> Any:
+    if _is_lift(node):
+        build = functools.partial(_build, trusted=trusted)
+        return build_lift(node, path=path, build=build)
     where = f"{path}._target_"
     target = resolve_target(node["_target_"], path=where, trusted=trusted)
     arguments = list(_match(node, target, path))
@@ -199,7 +197,7 @@ def _read(argument: _Argument, target: Target, trusted: tuple[str, ...]) -> Any:
         return _parse_dtype(value, path=path)
     if not _fits(value, parameter.annotation):
         rule = f"must be {_spell(parameter.annotation)} for {target.name}"
-        got = raw["_target_"] if _is_node(raw, path=path) else raw
+        got = raw.get("_target_", raw) if _is_node(raw) else raw
         raise TargetError(path, rule, got=got)
     return value
 

@@ -11,7 +11,7 @@ from runner.step import Batch, State
 
 __all__ = ["make_loop", "make_single", "take_rows"]
 
-Step = Callable[..., tuple[State, dict[str, Any]]]
+Step = Callable[..., tuple[State, Any]]
 
 
 def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
@@ -21,9 +21,9 @@ def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
     no length changes a bit.
 
     Returns:
-        (state, window, data, keys, hypers) to state, metrics of shape [steps], and
-        the first step that was not finite (or -1). Rows of the metrics beyond the
-        count are zeros.
+        (state, window, data, keys, hypers) to state, rows, and the first step that
+        was not finite (or -1). The rows are what a step returns beside the state,
+        any pytree, with a leading dimension [steps]; beyond the count they are zeros.
     """
 
     def call(
@@ -32,31 +32,30 @@ def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
         one_step = jax.jit(step, inline=True)  # traced once: for shapes and the loop
 
         def one(i: Any, carry: Any) -> Any:
-            state, metrics = carry
+            state, rows = carry
             batch = take_rows(data, window["rows"][i])
             state, new = one_step(state, batch, keys, hypers)
-            metrics = {name: metrics[name].at[i].set(new[name]) for name in metrics}
-            return state, metrics
+            return state, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, new)
 
         batch = take_rows(data, window["rows"][0])
         _, shapes = jax.eval_shape(one_step, state, batch, keys, hypers)
         size = window["rows"].shape[0]
-        metrics = {name: jnp.zeros((size,), s.dtype) for name, s in shapes.items()}
-        state, metrics = jax.lax.fori_loop(0, window["steps"], one, (state, metrics))
-        return state, metrics, state.failed
+        rows = jax.tree.map(lambda s: jnp.zeros((size, *s.shape), s.dtype), shapes)
+        state, rows = jax.lax.fori_loop(0, window["steps"], one, (state, rows))
+        return state, rows, state.failed
 
     return call
 
 
 def make_single(step: Step) -> Callable[..., tuple[State, Any, Any]]:
-    """Takes one step, the next one of the window; metrics are scalars."""
+    """Takes one step, the next one of the window; what it returns is one row."""
 
     def call(
         state: State, window: Mapping[str, Any], data: Batch, keys: Any, hypers: Any
     ) -> tuple[State, Any, Any]:
         rows = window["rows"][state.step - window["first"]]
-        state, metrics = step(state, take_rows(data, rows), keys, hypers)
-        return state, metrics, state.failed
+        state, row = step(state, take_rows(data, rows), keys, hypers)
+        return state, row, state.failed
 
     return call
 

@@ -2,33 +2,39 @@
 """From a spec to a program: builds, traces and checks a run; runs nothing."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from runner.audit import Trace
-from runner.build import NEEDS_VALUE
 from runner.data import BatchOrder, Dataset, load_data
+from runner.declared import make_arrays
 from runner.errors import ConfigError, RunnerError
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys, rng_flags
+from runner.lift_fields import check_collections, check_streams
 from runner.model import Model, split_variables, trace_model
+from runner.probe import Probe, trace_probe
 from runner.program import Program, build_run_optimizer, eval_rows, hyper_shapes
-from runner.spec import Phase, RunSpec
-from runner.targets import first_line
+from runner.spec import NoDataSpec, Phase, ProbeSpec, RunSpec, StreamKind
+from runner.targets import NEEDS_VALUE, first_line
 from runner.tasks import make_task
+from runner.whole import trace_whole
 
 __all__ = ["compile_run"]
 
 
-def compile_run(spec: RunSpec) -> Program:
+def compile_run(spec: RunSpec) -> Program | Probe:
     """Builds, traces and checks a run; runs and writes nothing.
 
     Raises:
         ConfigError: the model, the data or the streams don't fit together.
     """
     plan = plan_keys(spec.rng)
+    if isinstance(spec.task, ProbeSpec):
+        return _compile_probe(spec, spec.task, plan)
     data, order = _load(spec, plan)
     model = Model.of(spec)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
@@ -38,13 +44,16 @@ def compile_run(spec: RunSpec) -> Program:
         def trace(hypers: Mapping[str, float]) -> dict[Phase, Trace]:
             return _trace(spec, model, plan, data, keys, hyper_shapes(hypers))
 
+        check_streams(spec.model, path="model", streams=keys)
         candidates = find_hypers(spec)
         hypers, traces = _trace_with_most(trace, candidates)
+        collections = traces[Phase.INIT].outputs
+        check_collections(spec.model, path="model", collections=collections)
         for phase in (Phase.TRAIN, Phase.EVAL):
             outputs, _ = traces[phase].outputs
             make_task(spec.task).check(outputs, data.y_train, data.classes)
         _check_collections(traces)
-        return Program(
+        program = Program(
             spec=spec,
             plan=plan,
             data=data,
@@ -56,9 +65,38 @@ def compile_run(spec: RunSpec) -> Program:
             seeds=seeds,
             keys=keys,
         )
+        return replace(program, traces=trace_whole(program))
+
+
+def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
+    model, arrays = Model.of(spec), make_arrays(task, plan)
+    constants = find_hypers(spec)
+    if task.loss is None:  # nothing is updated
+        constants = {k: v for k, v in constants.items() if k.startswith("model.")}
+
+    def trace(_: Mapping[str, float]) -> dict[Phase, Trace]:
+        traces = trace_probe(
+            task, plan=plan, model=model, arrays=arrays, constants=constants
+        )
+        if task.loss is not None:
+            _check_optimizer(spec, traces, constants)
+        return traces
+
+    streams = [s.name for s in plan.streams.values() if s.spec.kind is StreamKind.JAX]
+    check_streams(spec.model, path="model", streams=streams)
+    with rng_flags(spec.rng):
+        _, traces = _trace_with_most(trace, {})
+    collections = traces[Phase.INIT].outputs
+    check_collections(spec.model, path="model", collections=collections)
+    if task.loss is not None:
+        outputs, _ = traces[Phase.EVAL].outputs
+        make_task(task).check(outputs, arrays[-1], None)
+        _check_collections(traces)
+    return Probe(spec, task, plan, model, arrays, constants, traces)
 
 
 def _load(spec: RunSpec, plan: KeyPlan) -> tuple[Dataset, BatchOrder]:
+    assert not isinstance(spec.data, NoDataSpec)  # `runner.spec` refuses it
     name = getattr(spec.data, "split", None)
     split = host_generator(plan.stream(name)) if name else None
     data = load_data(spec.data, split=split)
@@ -81,12 +119,16 @@ def _trace(
     traces = trace_model(
         model,
         plan=plan,
-        fallback=spec.rng.fallback,
         x=x,
         eval_rows=eval_rows(spec, data),
         keys=keys,
         hypers=hypers,
     )
+    _check_optimizer(spec, traces, hypers)
+    return traces
+
+
+def _check_optimizer(spec: RunSpec, traces: Mapping[Phase, Trace], hypers: Any) -> None:
     params, _ = split_variables(traces[Phase.INIT].outputs)
 
     def update(params: Any, hypers: Any) -> Any:
@@ -104,7 +146,6 @@ def _trace(
             f"its update raised {first_line(error)}",
             allowed="It is given gradients, its state, the parameters and the loss",
         ) from error
-    return traces
 
 
 def _check_collections(traces: Mapping[Phase, Trace]) -> None:

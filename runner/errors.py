@@ -7,7 +7,7 @@ RunnerError                 a user's mistake, told in one line; exit code 2
     TargetError             a `_target_` that may not, or can not, be built
     DataError               a data set that is absent, damaged or misshapen
   RecordError               a run directory that can't be claimed or read
-  HazardsRefusedError       a program with key hazards; exit code 1
+  HazardsRefusedError       a program with key hazards; exit code 1 (2: see there)
   RunFailedError            a run that could not go on; exit code 1
 """
 
@@ -81,9 +81,15 @@ class RecordError(RunnerError):
 
 
 class HazardsRefusedError(RunnerError):
-    """A program whose keys are not what they should be; a line for each hazard."""
+    """A program whose keys are not what they should be; a line for each hazard.
 
-    exit_code = 1
+    Args:
+        is_config: Whether it is the config that asks for them; exit code 2, not 1.
+    """
+
+    def __init__(self, text: str, *, is_config: bool = False) -> None:
+        self.exit_code = 2 if is_config else 1
+        super().__init__(text)
 
 
 class RunFailedError(RunnerError):

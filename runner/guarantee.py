@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import jax
 
-from runner.program import Construct, Program
+from runner.program import Compiled, Construct
 
 __all__ = ["Guarantee", "Level", "guarantee_of"]
 
@@ -27,7 +27,7 @@ class Guarantee:
     reasons: tuple[str, ...]
 
 
-def guarantee_of(program: Program) -> Guarantee:
+def guarantee_of(program: Compiled) -> Guarantee:
     """What holds for a program on the devices of this process."""
     backend = jax.default_backend()
     if backend != "cpu":

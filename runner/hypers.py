@@ -58,13 +58,15 @@ def insert_hypers(node: Any, hypers: Mapping[str, Any], *, path: str) -> Any:
 
 def _in_node(path: str, node: Mapping[str, Any]) -> dict[str, float]:
     inner = {"model": "module", "optimizer": "transform"}[path]
-    if "_target_" not in node and inner in node:
+    if not {"_target_", "lift"} & set(node) and inner in node:
         path, node = f"{path}.{inner}", node[inner]
     return dict(_walk(path, node))
 
 
 def _walk(path: str, value: Any) -> Iterator[tuple[str, float]]:
     if isinstance(value, Mapping):
+        if value.get("lift") == "jit" and "_target_" not in value:
+            return  # Flax hashes the fields of a module under nn.jit
         for key, child in value.items():
             is_number = isinstance(child, int | float) and not isinstance(child, bool)
             if key in SWEPT and is_number:

@@ -12,7 +12,7 @@ runner that calls `jax.random.key`, `split` or `fold_in`.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -22,9 +22,11 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from runner.errors import UnknownStreamError, did_you_mean
+from runner.ops import Affine, Op, as_uint32, bind_ops
 from runner.spec import Coordinate, Derive, Phase, RngSpec, Rule, StreamKind, StreamSpec
 
 __all__ = [
+    "Affine",
     "KeyPlan",
     "Op",
     "Stream",
@@ -36,6 +38,7 @@ __all__ = [
     "draw_canary",
     "host_generator",
     "host_words",
+    "key_shape",
     "key_words",
     "make_rngs",
     "name_id",
@@ -45,32 +48,6 @@ __all__ = [
 ]
 
 _FOLDED_PHASES = (Phase.EVAL, Phase.SAMPLE)
-
-
-@dataclass(frozen=True)
-class Op:
-    """One step of a derivation.
-
-    Args:
-        op: `seed`: key(value). `fold_in`: fold_in(key, value). `split`:
-            split(key, of)[index]. `carry`: `value` times split(key)[1], then
-            split(key)[0].
-        value: A number (it may be traced), or the coordinate that gives it.
-        index: Child that a `split` takes: a number, or the axis that gives it.
-        of: Number of children of a `split`.
-        why: What the op stands for, in words.
-    """
-
-    op: Literal["seed", "fold_in", "split", "carry"]
-    value: Any = 0
-    index: int | str = 0
-    of: int = 0
-    why: str = ""
-
-    @property
-    def coordinate(self) -> Coordinate | None:
-        """The coordinate that this op depends on."""
-        return self.value if isinstance(self.value, Coordinate) else None
 
 
 @dataclass(frozen=True)
@@ -148,7 +125,7 @@ def name_id(name: str) -> int:
 
 
 def plan_keys(rng: RngSpec) -> KeyPlan:
-    """Resolves each stream's base key.
+    """Resolves each stream's base key; seeds are taken modulo 2^32, as JAX does.
 
     derive: name    fold_in(key(seed), id(name))
     derive: split   split(key(seed), n)[i], over the n streams that say so
@@ -157,7 +134,7 @@ def plan_keys(rng: RngSpec) -> KeyPlan:
     splits = [n for n, s in rng.streams.items() if s.derivation is Derive.SPLIT]
     streams = {}
     for name, spec in rng.streams.items():
-        seed = rng.seed if spec.seed is None else spec.seed
+        seed = (rng.seed if spec.seed is None else spec.seed) % 2**32
         base: tuple[Op, ...] = (Op("seed", seed, why="seed"),)
         if spec.kind is StreamKind.HOST:
             base = ()
@@ -193,30 +170,24 @@ def derive_key(
     for op in bind_ops(ops, coordinates or {}):
         value: Any = op.value
         if op.op == "seed":
-            key = jax.random.key(_as_uint32(value), impl=impl)
+            key = jax.random.key(as_uint32(value), impl=impl)
         elif op.op == "fold_in":
-            key = jax.random.fold_in(key, _as_uint32(value))
+            key = jax.random.fold_in(key, as_uint32(value))
         elif op.op == "split":
             key = jax.random.split(key, op.of)[op.index]
-        else:
+        elif op.op == "carry":
             key = split_carry(advance_carry(key, value))[0]
+        else:
+            key = _repeat(op, impl, key)
     return key
 
 
-def bind_ops(ops: tuple[Op, ...], coordinates: Mapping[str, Any]) -> tuple[Op, ...]:
-    """The ops with each coordinate and axis replaced by its value.
+def _repeat(op: Op, impl: str, key: Key[Array, ""]) -> Key[Array, ""]:
+    def turn(i: Any, key: Any) -> Any:
+        return derive_key(op.body, impl=impl, start=key, coordinates={op.counter: i})
 
-    Raises:
-        KeyError: a coordinate or axis that `ops` name has no value.
-    """
-    return tuple(
-        replace(
-            op,
-            value=op.value if op.coordinate is None else coordinates[op.coordinate],
-            index=coordinates[op.index] if isinstance(op.index, str) else op.index,
-        )
-        for op in ops
-    )
+    repeated: Any = jax.lax.fori_loop(np.uint32(0), as_uint32(op.index), turn, key)
+    return repeated
 
 
 def derive_base_keys(
@@ -238,6 +209,11 @@ def derive_base_keys(
     }
 
 
+def key_shape(impl: str) -> Any:
+    """Shape and dtype of one key."""
+    return jax.eval_shape(lambda: jax.random.key(0, impl=impl))
+
+
 def base_key_words(plan: KeyPlan) -> dict[str, list[int]]:
     """`key_words` of each stream's base key, by one compiled program."""
 
@@ -254,6 +230,7 @@ def make_rngs(
     plan: KeyPlan,
     *,
     phase: Phase,
+    names: Iterable[str],
     coordinates: frozenset[Coordinate],
     steps_per_epoch: int,
 ) -> Callable[..., tuple[dict[str, Key[Array, ""]], dict[str, Key[Array, ""]]]]:
@@ -261,7 +238,8 @@ def make_rngs(
 
     Args:
         plan: Resolved streams of this run.
-        phase: Phase of the call; it decides which streams there are.
+        phase: Phase of the call.
+        names: Streams that it is given.
         coordinates: Those that the phase has; others are not folded in.
         steps_per_epoch: Number of steps in an epoch.
 
@@ -269,7 +247,7 @@ def make_rngs(
         (base keys, carried keys, step, microbatch) to the `rngs`, and the carried
         keys of the step after. Without carried keys they are computed from `step`.
     """
-    streams = plan.in_phase(phase)
+    streams = {name: plan.stream(name) for name in names}
 
     def rngs(
         keys: Mapping[str, Any], carried: Mapping[str, Any], step: Any, microbatch: Any
@@ -352,7 +330,3 @@ def draw_canary(impl: str) -> dict[str, str]:
 
     draws = jax.device_get(draw(np.uint32(20)))
     return {name: values.tobytes().hex() for name, values in draws.items()}
-
-
-def _as_uint32(value: Any) -> Any:
-    return np.uint32(value) if isinstance(value, int) else value.astype(np.uint32)

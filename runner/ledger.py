@@ -6,6 +6,7 @@ its key with the coordinates left open. `expand` closes them for one step. It ca
 read long after, without the program: `runner.keys.derive_key` is all it needs.
 """
 
+import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,19 +14,19 @@ from typing import Any
 from runner.audit import Draw
 from runner.errors import ConfigError
 from runner.keys import (
-    Op,
     base_key_words,
-    bind_ops,
     derive_key,
     host_words,
     key_words,
     rng_flags,
 )
-from runner.program import Program
+from runner.ops import Affine, Op, bind_ops
+from runner.program import Compiled
 from runner.records.events import StreamRow
 from runner.spec import Coordinate, Phase, RngSpec, StreamKind
 
 __all__ = [
+    "bind_places",
     "expand",
     "first_step",
     "make_ledger",
@@ -38,16 +39,9 @@ SCHEMA = 1
 _LONGEST_CARRY = 1_000_000
 
 
-def make_ledger(program: Program) -> dict[str, Any]:
+def make_ledger(program: Compiled) -> dict[str, Any]:
     """The ledger of a program, as plain data."""
     spec, plan = program.spec, program.plan
-    sizes = {
-        "steps": spec.train.steps,
-        "steps_per_epoch": program.order.steps_per_epoch,
-        "microbatches": spec.train.accumulation_steps,
-        "eval_batches": program.eval_batches,
-        "eval_every": spec.eval.every,
-    }
     with rng_flags(spec.rng):
         keys = base_key_words(plan)
     return {
@@ -59,7 +53,7 @@ def make_ledger(program: Program) -> dict[str, Any]:
             "partitionable": spec.rng.partitionable,
             "fix_separator": spec.rng.fix_separator,
         },
-        "sizes": sizes,
+        "sizes": dataclasses.asdict(program.sizes),
         "streams": [_stream_row(program, name, keys) for name in plan.streams],
         "draws": [
             _draw_row(program, phase, draws)
@@ -70,7 +64,7 @@ def make_ledger(program: Program) -> dict[str, Any]:
 
 
 def _stream_row(
-    program: Program, name: str, keys: Mapping[str, list[int]]
+    program: Compiled, name: str, keys: Mapping[str, list[int]]
 ) -> dict[str, Any]:
     stream = program.plan.streams[name]
     row: dict[str, Any] = {
@@ -82,9 +76,7 @@ def _stream_row(
         "per": {str(c): str(rule) for c, rule in stream.spec.per.items()},
     }
     if stream.spec.kind is StreamKind.HOST:
-        data = program.spec.data
-        used_by = [f for f in ("shuffle", "split") if getattr(data, f, None) == name]
-        row["used_by"] = [f"data.{field}" for field in used_by]
+        row["used_by"] = list(program.host_uses.get(name, ()))
         return {**row, "bit_generator": "Philox", "spawn_key": host_words(stream)}
     ops = [_op_row(op) for op in stream.base]
     return {**row, "derivation": ops, "key": keys[name]}
@@ -99,11 +91,11 @@ def _same_key(draws: tuple[Draw, ...]) -> Iterator[list[Draw]]:
     yield from groups.values()
 
 
-def _meaning(ops: tuple[Op, ...]) -> tuple[Any, ...]:
-    return tuple((op.op, op.value, op.index, op.of) for op in ops)
+def _meaning(ops: tuple[Op, ...]) -> tuple[Op, ...]:
+    return tuple(dataclasses.replace(op, why="") for op in ops)
 
 
-def _draw_row(program: Program, phase: Phase, draws: list[Draw]) -> dict[str, Any]:
+def _draw_row(program: Compiled, phase: Phase, draws: list[Draw]) -> dict[str, Any]:
     draw = draws[0]
     row: dict[str, Any] = {
         "phase": str(phase),
@@ -120,6 +112,8 @@ def _draw_row(program: Program, phase: Phase, draws: list[Draw]) -> dict[str, An
             for d in draws
         ],
     }
+    if all(map(_is_conditional, draws)):
+        row["conditional"] = True
     if draw.untraced or draw.stream is None:
         return {**row, "untraced": draw.untraced or "from no declared stream"}
     stream = program.plan.streams[draw.stream]
@@ -127,23 +121,50 @@ def _draw_row(program: Program, phase: Phase, draws: list[Draw]) -> dict[str, An
     return {**row, "derivation": [_op_row(op) for op in ops]}
 
 
+def _is_conditional(draw: Draw) -> bool:
+    """Whether a step may go by without it: in a branch, or a loop of any length."""
+    return bool(draw.branches) or None in dict(draw.within).values()
+
+
 def _op_row(op: Op) -> dict[str, Any]:
     row: dict[str, Any] = {"op": op.op}
     if op.op == "split":
-        row |= {"index": op.index, "of": op.of}
+        row |= {"index": _number_row(op.index), "of": op.of}
+    elif op.op == "repeat":
+        row |= {"times": _number_row(op.index), "counter": op.counter}
+        row |= {"body": [_op_row(inner) for inner in op.body]}
     elif op.coordinate is not None:
         row |= {"coordinate": str(op.coordinate)}
     else:
-        row |= {"value": op.value}
+        row |= {"value": _number_row(op.value)}
     return {**row, "why": op.why} if op.why else row
 
 
+def _number_row(number: Any) -> Any:
+    if not isinstance(number, Affine):
+        return number
+    return {"offset": number.offset, "axes": dict(number.terms)}
+
+
 def _read_op(row: Mapping[str, Any]) -> Op:
-    value = row.get("value", 0)
+    value = _read_number(row.get("value", 0))
     if "coordinate" in row:
         value = Coordinate(row["coordinate"])
-    why = row.get("why", "")
-    return Op(row["op"], value, row.get("index", 0), row.get("of", 0), why)
+    return Op(
+        row["op"],
+        value,
+        index=_read_number(row.get("index", row.get("times", 0))),
+        of=row.get("of", 0),
+        why=row.get("why", ""),
+        body=tuple(_read_op(inner) for inner in row.get("body", ())),
+        counter=row.get("counter", ""),
+    )
+
+
+def _read_number(number: Any) -> Any:
+    if not isinstance(number, Mapping):
+        return number
+    return Affine(number["offset"], tuple(sorted(number["axes"].items())))
 
 
 def stream_rows(ledger: Mapping[str, Any]) -> tuple[StreamRow, ...]:
@@ -179,17 +200,37 @@ def stream_rows(ledger: Mapping[str, Any]) -> tuple[StreamRow, ...]:
 
 
 def spell_derivation(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A derivation as one expression, with the names of open coordinates."""
-    text = ""
+    """A derivation as one expression, with the names of open coordinates and axes."""
+    return _spell(rows, start="")
+
+
+def _spell(rows: Sequence[Mapping[str, Any]], *, start: str) -> str:
+    text = start
     for row in rows:
         value = row.get("value", row.get("coordinate"))
         if row["op"] == "seed":
             text = f"key({value})"
         elif row["op"] == "split":
-            text = f"split({text}, {row['of']})[{row['index']}]"
+            text = f"split({text}, {row['of']})[{_spell_number(row['index'])}]"
+        elif row["op"] == "repeat":
+            body = _spell(row["body"], start="key")
+            text = f"repeat({text}, key -> {body}, {_spell_number(row['times'])})"
         else:
-            text = f"{row['op']}({text}, {value})"
+            text = f"{row['op']}({text}, {_spell_number(value)})"
     return text
+
+
+def _spell_number(number: Any) -> str:
+    """`2 * scan:layers - 1`, or a number or name as it is."""
+    if not isinstance(number, Mapping):
+        return str(number)
+    text = ""
+    for axis, by in [*sorted(number["axes"].items()), ("", number["offset"])]:
+        if by:
+            factor = f"{abs(by)} * " if axis and abs(by) != 1 else ""
+            sign = ("-" if by < 0 else "") if not text else f" {'+-'[by < 0]} "
+            text += f"{sign}{factor}{axis or abs(by)}"
+    return text or "0"
 
 
 def first_step(ledger: Mapping[str, Any], draw: Mapping[str, Any]) -> int:
@@ -223,7 +264,7 @@ def expand(
         An entry for each microbatch and each index of a scan or vmap; `step` is
         null in the phase `init`, `key` and `derivation` where a draw is untraced.
     """
-    phase, axes = draw["phase"], dict(draw["axes"])
+    phase = draw["phase"]
     shown = {name: draw[name] for name in ("phase", "stream", "path", "call")}
     shown |= {"step": None if phase == Phase.INIT else step}
     tail = {"impl": ledger["rng"]["impl"], "uses": draw["uses"]}
@@ -231,9 +272,8 @@ def expand(
         missing = {"key": None, "derivation": None, "untraced": draw["untraced"]}
         yield {**shown, "index": {}, **tail, **missing}
         return
-    ops = tuple(_read_op(row) for row in draw["derivation"])
     epoch = step // ledger["sizes"]["steps_per_epoch"]
-    if step > _LONGEST_CARRY and any(op.op == "carry" for op in ops):
+    if step > _LONGEST_CARRY and "carry" in [row["op"] for row in draw["derivation"]]:
         raise ConfigError(
             "--step",
             "too many splits to list for a stream that is carried",
@@ -241,16 +281,57 @@ def expand(
             allowed=f"At most {_LONGEST_CARRY:,} for stream {draw['stream']}",
         )
     fixed: dict[str, int] = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
-    if Coordinate.MICROBATCH in [op.coordinate for op in ops]:
-        name = "microbatches" if phase == Phase.TRAIN else "eval_batches"
-        axes = {str(Coordinate.MICROBATCH): ledger["sizes"][name], **axes}
-    for place in itertools.product(*map(range, axes.values())):
-        index = dict(zip(axes, place, strict=True))
-        bound = bind_ops(ops, {**fixed, **index})
-        key = derive_key(bound, impl=ledger["rng"]["impl"])
+    known: dict[tuple[Op, ...], Any] = {}
+    for index, ops in bind_places(ledger, draw):
+        bound = tuple(
+            unrolled for op in bind_ops(ops, fixed) for unrolled in _unroll(op)
+        )
+        key = _derive(bound, known, impl=ledger["rng"]["impl"])
         rows = [row for op in bound for row in _public_rows(op)]
         entry = {**shown, "index": index, **tail}
         yield {**entry, "key": key_words(key), "derivation": rows}
+
+
+def bind_places(
+    ledger: Mapping[str, Any], draw: Mapping[str, Any]
+) -> Iterator[tuple[dict[str, int], tuple[Op, ...]]]:
+    """Each microbatch and index of an entry, with ops that only the step is open in.
+
+    Args:
+        ledger: As `make_ledger` returns it.
+        draw: One of its `draws` that has a derivation.
+    """
+    ops = tuple(_read_op(row) for row in draw["derivation"])
+    axes = dict(draw["axes"])
+    if Coordinate.MICROBATCH in [op.coordinate for op in ops]:
+        is_train = draw["phase"] == Phase.TRAIN
+        name = "microbatches" if is_train else "eval_batches"
+        axes = {str(Coordinate.MICROBATCH): ledger["sizes"][name], **axes}
+    kept: dict[str, Any] = {c: c for c in (Coordinate.STEP, Coordinate.EPOCH)}
+    for place in itertools.product(*map(range, axes.values())):
+        index = dict(zip(axes, place, strict=True))
+        yield index, bind_ops(ops, {**kept, **index})
+
+
+def _derive(ops: tuple[Op, ...], known: dict[tuple[Op, ...], Any], *, impl: str) -> Any:
+    """The key of a derivation; turns of a loop go on from the one before."""
+    at = len(ops)
+    while at and ops[:at] not in known:
+        at -= 1
+    key = known.get(ops[:at])
+    for i in range(at, len(ops)):
+        key = known[ops[: i + 1]] = derive_key(ops[i : i + 1], impl=impl, start=key)
+    return key
+
+
+def _unroll(op: Op) -> Iterator[Op]:
+    """A `repeat` with all its numbers, as the ops of its turns."""
+    if op.op != "repeat":
+        yield op
+        return
+    for turn in range(int(op.index)):  # type: ignore[arg-type]
+        for inner in bind_ops(op.body, {op.counter: turn}):
+            yield from _unroll(inner)
 
 
 def _public_rows(op: Op) -> list[dict[str, Any]]:

@@ -13,16 +13,19 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Key, PyTree
 
-from runner.audit import Missing, Trace, trace_draws
-from runner.build import NEEDS_VALUE, build_module
-from runner.errors import ConfigError, RunnerError, UnknownStreamError, did_you_mean
+from runner.audit import Trace, trace_draws
+from runner.build import build_module
+from runner.errors import ConfigError, RunnerError
 from runner.hypers import insert_hypers
-from runner.keys import KeyPlan
+from runner.keys import KeyPlan, key_shape
 from runner.parse import Node
-from runner.spec import Phase, RunSpec
-from runner.targets import first_line
+from runner.spec import Phase, RunSpec, StreamKind
+from runner.targets import NEEDS_VALUE, first_line
 
-__all__ = ["Model", "split_variables", "trace_model"]
+__all__ = ["Inputs", "Model", "split_variables", "trace_model", "trace_phase"]
+
+Inputs = Array | tuple[Array, ...]
+"""What a model is called with: one array, or several in order."""
 
 
 @dataclass(frozen=True)
@@ -50,18 +53,18 @@ class Model:
         return build_module(node, path="model", trusted=self.trusted)
 
     def init(
-        self, rngs: Mapping[str, Key[Array, ""]], x: Array, hypers: Mapping[str, Any]
+        self, rngs: Mapping[str, Key[Array, ""]], x: Inputs, hypers: Mapping[str, Any]
     ) -> PyTree:
         """Every variable collection, by a call that is not for training."""
         module = self.build(hypers)
         return flax.core.unfreeze(
-            module.init(dict(rngs), x, **_flags(module, train=False))
+            module.init(dict(rngs), *_as_args(x), **_flags(module, train=False))
         )
 
     def apply(
         self,
         variables: PyTree,
-        x: Array,
+        x: Inputs,
         rngs: Mapping[str, Key[Array, ""]],
         hypers: Mapping[str, Any],
         *,
@@ -75,7 +78,7 @@ class Model:
         mutable = list(collections) if train else []
         outputs, after = module.apply(
             variables,
-            x,
+            *_as_args(x),
             **_flags(module, train=train),
             rngs=dict(rngs),
             mutable=mutable,
@@ -94,7 +97,6 @@ def trace_model(
     model: Model,
     *,
     plan: KeyPlan,
-    fallback: str,
     x: Any,
     eval_rows: int,
     keys: Any,
@@ -106,18 +108,16 @@ def trace_model(
         model: What to trace.
         plan: Resolved streams; a phase is given those that name it, and `init` all,
             so that a draw there which no variable depends on moves nothing else.
-        fallback: `rng.fallback`.
         x: Shape and dtype of a microbatch of inputs.
         eval_rows: Rows in one batch of an evaluation.
         keys: Shapes of the streams' keys.
         hypers: Shapes of the hypers.
 
     Raises:
-        UnknownStreamError: the model draws from a stream that nobody declared.
         ConfigError: its own code raised, or a stream's phases leave one out.
     """
 
-    trace = partial(_trace_phase, plan=plan, keys=keys, fallback=fallback)
+    trace = partial(trace_phase, plan=plan, keys=keys)
 
     def init(rngs: Any, x: Any, hypers: Any) -> Any:
         return model.init(rngs, x, hypers)
@@ -135,17 +135,43 @@ def trace_model(
     }
 
 
-def _trace_phase(
-    phase: Phase, function: Any, *args: Any, plan: KeyPlan, keys: Any, fallback: str
+def trace_phase(
+    phase: Phase, function: Any, *args: Any, plan: KeyPlan, keys: Any
 ) -> Trace:
-    """Traces `function(rngs, x, ...)` with the streams that the phase is given."""
-    names = keys if phase is Phase.INIT else plan.in_phase(phase)
+    """Traces `function(rngs, x, ...)` with the streams that the phase is given.
+
+    An evaluation is given a stream that its model asks for, also where `phases`
+    leaves it out; `runner.hazards` warns of it.
+
+    Raises: as `trace_model`.
+    """
+    names = tuple(keys if phase is Phase.INIT else plan.in_phase(phase))
+    trace = partial(_trace, phase, function, *args, plan=plan, keys=keys)
+    found = trace(names=names)
+    late = [m.stream for m in found.missing if m.lift is None and m.stream in keys]
+    if phase is Phase.EVAL and late:
+        found = trace(names=(*names, *dict.fromkeys(late)))
+    for missing in found.missing:
+        if missing.lift is None and missing.stream in plan.streams:
+            _refuse(missing.stream, missing.path, plan, phase)
+    for draw in found.draws:
+        stream = draw.stream
+        if stream is not None and phase not in (Phase.EVAL, *_phases_of(plan, stream)):
+            _refuse(stream, draw.path, plan, phase)
+    return found
+
+
+def _trace(
+    phase: Phase,
+    function: Any,
+    *args: Any,
+    names: tuple[str, ...],
+    plan: KeyPlan,
+    keys: Any,
+) -> Trace:
     rngs = {name: keys[name] for name in names}
     try:
-        found = trace_draws(function, rngs, *args)
-    except flax.errors.InvalidRngError as error:
-        _refuse(error.missing, plan, phase)  # type: ignore[attr-defined]
-        raise
+        return trace_draws(function, rngs, *args, spare=key_shape(plan.impl))
     except (RunnerError, *NEEDS_VALUE):
         raise
     except Exception as error:
@@ -153,21 +179,9 @@ def _trace_phase(
         raise ConfigError(
             "model",
             f"its code raised {kind} in {phase}: {said}",
-            allowed=f"It was called with x of shape {args[0].shape}",
+            allowed=f"It was called with {_spell_shapes(args[0])}",
             fix="HYDRA_FULL_ERROR=1 shows where",
         ) from error
-    if fallback == "error" or Phase.INIT not in _phases_of(plan, "params"):
-        _refuse(found.missing, plan, phase)
-    _refuse(_out_of_phase(found, plan, phase), plan, phase)
-    return found
-
-
-def _out_of_phase(trace: Trace, plan: KeyPlan, phase: Phase) -> tuple[Missing, ...]:
-    return tuple(
-        Missing(draw.stream, draw.path)
-        for draw in trace.draws
-        if draw.stream is not None and phase not in _phases_of(plan, draw.stream)
-    )
 
 
 def _phases_of(plan: KeyPlan, name: str) -> tuple[Phase, ...]:
@@ -175,27 +189,34 @@ def _phases_of(plan: KeyPlan, name: str) -> tuple[Phase, ...]:
     return plan.streams[name].spec.phases if name in plan.streams else ()
 
 
-def _refuse(missing: tuple[Missing, ...], plan: KeyPlan, phase: Phase) -> None:
-    if not missing:
-        return
-    name, path = missing[0].stream, "/".join(missing[0].path) or "the model itself"
-    where = f"{path} draws from it in {phase}"
-    if name in plan.streams:
+def _refuse(name: str, path: tuple[str, ...], plan: KeyPlan, phase: Phase) -> None:
+    where = f"{'/'.join(path) or 'the model itself'} draws from it in {phase}"
+    if plan.streams[name].spec.kind is StreamKind.HOST:
         raise ConfigError(
-            f"rng.streams.{name}.phases",
-            f"must include {phase}",
-            got=[str(p) for p in _phases_of(plan, name)],
+            f"rng.streams.{name}.kind",
+            "a host stream is not for the compiled program",
+            got="host",
             allowed=where,
-            fix=f"Set rng.streams.{name}.phases to a list with {phase} in it",
+            fix=f"Set rng.streams.{name}.kind=jax",
         )
-    new = f"Set +rng.streams.{name}={{phases: [{phase}], per: [step]}}"
-    raise UnknownStreamError(
-        "rng.streams",
-        "the model asks for a stream that is not declared",
-        got=name,
-        allowed=f"{where}; declared: {', '.join(plan.streams) or 'none'}",
-        fix=did_you_mean(name, plan.streams) or new,
+    raise ConfigError(
+        f"rng.streams.{name}.phases",
+        f"must include {phase}",
+        got=[str(p) for p in _phases_of(plan, name)],
+        allowed=where,
+        fix=f"Set rng.streams.{name}.phases to a list with {phase} in it",
     )
+
+
+def _as_args(x: Inputs) -> tuple[Array, ...]:
+    return x if isinstance(x, tuple) else (x,)
+
+
+def _spell_shapes(x: Any) -> str:
+    if not isinstance(x, tuple):
+        return f"x of shape {x.shape}"
+    shapes = ", ".join(str(tuple(array.shape)) for array in x)
+    return f"arrays of shapes {shapes}" if x else "no arrays"
 
 
 def _cast(tree: PyTree, dtype: str) -> PyTree:

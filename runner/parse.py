@@ -27,6 +27,7 @@ __all__ = [
     "Positive",
     "Rate",
     "Seed",
+    "Word",
     "build_dataclass",
     "freeze",
     "to_plain",
@@ -96,11 +97,12 @@ class Bounds:
     def __str__(self) -> str:
         if self.high == math.inf:
             return f"above {self.low:g}" if self.open else f"at least {self.low:g}"
-        between = f"{self.low:.10g} to {self.high:.10g}"
+        between = f"{self.low} to {self.high}"
         return f"from {between}, without the ends" if self.open else f"from {between}"
 
 
-Seed = Annotated[int, Bounds(0, 2**32 - 1)]
+Seed = Annotated[int, Bounds(-(2**63), 2**63 - 1)]  # beyond 32 bits: hazard R007
+Word = Annotated[int, Bounds(0, 2**32 - 1)]
 Count = Annotated[int, Bounds(1, 2**31 - 1)]
 Rate = Annotated[float, Bounds(0, 1)]
 Fraction = Annotated[float, Bounds(0, 1, open=True)]
@@ -155,6 +157,8 @@ def _build(hint: Any, value: Any, path: str) -> Any:
         return _build_mapping(args, value, path)
     if hint is Node:
         return _build_node(value, path)
+    if hint is object:
+        return freeze(value, path=path)
     if dataclasses.is_dataclass(hint):
         return build_dataclass(typing.cast(type, hint), value, path=path)
     if issubclass(hint, StrEnum):
@@ -166,7 +170,7 @@ def _build_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     if value is None and type(None) in hints:
         return None
     some = [h for h in hints if h is not type(None)]
-    if all(dataclasses.is_dataclass(h) for h in some):
+    if len(some) > 1 and all(dataclasses.is_dataclass(h) for h in some):
         return _build_tagged(some, value, path)
     words = tuple(
         w for h in some if typing.get_origin(h) is Literal for w in typing.get_args(h)
@@ -174,6 +178,8 @@ def _build_union(hints: tuple[Any, ...], value: Any, path: str) -> Any:
     if value in words:
         return value
     rest = [h for h in some if typing.get_origin(h) is not Literal]
+    if not rest:
+        return _one_of(words, value, path)
     try:
         return _build(rest[0], value, path)
     except ConfigError as error:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cached_property, partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial, wraps
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,11 +29,22 @@ from runner.keys import (
     rng_flags,
 )
 from runner.model import Model, split_variables
+from runner.observe import Observation, observe
 from runner.spec import Coordinate, Phase, RunSpec
 from runner.step import Batch, Parts, State, make_eval_step, make_step
 from runner.tasks import make_task
 
-__all__ = ["Construct", "Program", "build_run_optimizer", "hyper_shapes", "make_setup"]
+__all__ = [
+    "Compiled",
+    "Construct",
+    "Program",
+    "Sizes",
+    "build_run_optimizer",
+    "hyper_shapes",
+    "make_parts",
+    "make_setup",
+    "make_start",
+]
 
 _AUTO_WINDOW = 512  # steps whose metrics and row numbers one call can hold
 _AUTO_EVAL_ROWS = 1024
@@ -44,25 +55,112 @@ class Construct(StrEnum):
 
     LOOP = "loop"
     STEP = "step"
+    CALL = "call"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many values the coordinates take in the planned run; the ledger has them.
+
+    Args:
+        steps: Calls in train mode, but for microbatches.
+        steps_per_epoch: Steps in an epoch.
+        microbatches: Parts of a batch.
+        eval_batches: Batches in an evaluation.
+        eval_every: Steps between evaluations; None is at the end alone.
+    """
+
+    steps: int
+    steps_per_epoch: int = 1
+    microbatches: int = 1
+    eval_batches: int = 1
+    eval_every: int | None = None
+
+
+class Compiled(Protocol):
+    """What the plan, the ledger, the hazards and the record know of a run.
+
+    A `Program` trains; a `runner.probe.Probe` calls its model with declared arrays.
+    """
+
+    @property
+    def spec(self) -> RunSpec:
+        """What was asked for."""
+
+    @property
+    def plan(self) -> KeyPlan:
+        """Resolved streams."""
+
+    @property
+    def hypers(self) -> Mapping[str, float]:
+        """Numbers that enter the program, by config path."""
+
+    @property
+    def baked(self) -> tuple[str, ...]:
+        """Candidates that the program needs as constants."""
+
+    @property
+    def traces(self) -> Mapping[Phase, Trace]:
+        """What is drawn in each phase."""
+
+    @property
+    def coordinates(self) -> Mapping[Phase, frozenset[Coordinate]]:
+        """The coordinates that each phase has."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many values they take."""
+
+    @property
+    def steps(self) -> int:
+        """Number of updates."""
+
+    @property
+    def host_uses(self) -> Mapping[str, tuple[str, ...]]:
+        """Config paths that draw from each host stream."""
+
+    @property
+    def construct(self) -> Construct:
+        """How the steps are taken."""
+
+    @property
+    def initial(self) -> State:
+        """Shapes and dtypes of the state."""
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable scalars."""
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 hex of what the model is given."""
+
+    @property
+    def programs(self) -> Mapping[str, Any]:
+        """The compiled programs (`jax.stages.Compiled`), by name."""
 
 
 class Calls(NamedTuple):
     """The compiled programs of a run.
 
+    `observed` is an `Observation` of the keys that were drawn from; None unless
+    `rng.observe` asks for it, which changes nothing else.
+
     Args:
-        setup: (seeds, hypers) to the state before step 0 and the base keys.
-        train: (state, window, data, keys, hypers) to state, metrics, and the first
-            step that was not finite. `window` is {first: step, rows: [steps,
-            batch_size], steps: count}. The construct `loop` takes `steps` steps and
-            returns metrics of shape [steps]; `step` takes one, and returns scalars.
-            The state is donated.
-        evaluate: (sums, state, at, data, keys, hypers) to sums of the metrics. `at`
-            is {rows: [rows], weights: [rows], part: number of the batch}.
+        setup: (seeds, hypers) to (the state before step 0, the base keys), observed.
+        train: (state, window, data, keys, hypers) to state, (metrics, observed), and
+            the first step that was not finite. `window` is {first: step, rows:
+            [steps, batch_size], steps: count}. The construct `loop` takes `steps`
+            steps and returns metrics of shape [steps]; `step` takes one, and returns
+            scalars. The state is donated.
+        evaluate: (sums, state, at, data, keys, hypers) to sums of the metrics, and
+            observed. `at` is {rows: [rows], weights: [rows], part: number of the
+            batch}.
     """
 
-    setup: Callable[..., tuple[State, dict[str, Any]]]
+    setup: Callable[..., tuple[tuple[State, dict[str, Any]], Any]]
     train: Callable[..., tuple[State, Any, Any]]
-    evaluate: Callable[..., Any]
+    evaluate: Callable[..., tuple[Any, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +199,42 @@ class Program:
         return Construct.STEP if on_cpu and convolves else Construct.LOOP
 
     @property
+    def sizes(self) -> Sizes:
+        """How many values each coordinate takes."""
+        return Sizes(
+            steps=self.spec.train.steps,
+            steps_per_epoch=self.order.steps_per_epoch,
+            microbatches=self.spec.train.accumulation_steps,
+            eval_batches=self.eval_batches,
+            eval_every=self.spec.eval.every,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Number of updates."""
+        return self.spec.train.steps
+
+    @property
+    def host_uses(self) -> dict[str, tuple[str, ...]]:
+        """Config paths that draw from each host stream."""
+        named = {f: getattr(self.spec.data, f, None) for f in ("shuffle", "split")}
+        return {
+            name: tuple(f"data.{field}" for field in named if named[field] == name)
+            for name in named.values()
+            if name is not None
+        }
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 hex of the rows."""
+        return self.data.digest()
+
+    @property
+    def programs(self) -> dict[str, Any]:
+        """The compiled programs, by name."""
+        return self.calls._asdict()
+
+    @property
     def microbatch(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the inputs of one call of the model."""
         rows = self.spec.data.batch_size // self.spec.train.accumulation_steps
@@ -124,14 +258,10 @@ class Program:
         """Batches in an evaluation."""
         return -(-len(self.data.x_test) // self.eval_rows)
 
-    @cached_property
+    @property
     def initial(self) -> State:
         """Shapes and dtypes of the state."""
-        with rng_flags(self.spec.rng):
-            state: State
-            state, _ = jax.eval_shape(
-                make_setup(self), self.seeds, hyper_shapes(self.hypers)
-            )
+        state: State = self.traces[Phase.INIT].outputs
         return state
 
     @property
@@ -156,10 +286,14 @@ class Program:
 
     def start(self) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """The state before step 0, the streams' base keys, and the hypers."""
+        return self.start_observed()[0]
+
+    def start_observed(self) -> tuple[tuple[State, Any, Any], Observation | None]:
+        """The same, and the keys that the initialisation drew from."""
         hypers = {path: jnp.asarray(value) for path, value in self.hypers.items()}
         seeds = {name: np.uint32(s.seed) for name, s in self.plan.streams.items()}
-        state, keys = self.calls.setup(seeds, hypers)
-        return state, keys, hypers
+        (state, keys), observed = self.calls.setup(seeds, hypers)
+        return (state, keys, hypers), observed
 
     @cached_property
     def calls(self) -> Calls:
@@ -170,10 +304,27 @@ class Program:
             return Calls(*pool.map(lambda each: each.compile(), lowered))
 
     def _lower_setup(self) -> Any:
-        return jax.jit(make_setup(self)).lower(self.seeds, hyper_shapes(self.hypers))
+        setup = self._observed(make_setup(self))
+        return jax.jit(setup).lower(self.seeds, hyper_shapes(self.hypers))
+
+    def _observed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with its keys beside its outputs, or None in their place."""
+        if self.spec.rng.observe:
+            return observe(function)
+
+        @wraps(function)
+        def unobserved(*args: Any) -> tuple[Any, None]:
+            return function(*args), None
+
+        return unobserved
 
     def _lower_train(self) -> Any:
-        step = make_step(_make_parts(self, Phase.TRAIN))
+        observed = self._observed(make_step(make_parts(self, Phase.TRAIN)))
+
+        def step(*args: Any) -> tuple[State, Any]:
+            (state, metrics), keys = observed(*args)
+            return state, (metrics, keys)
+
         make = make_loop if self.construct is Construct.LOOP else make_single
         scalar = jax.ShapeDtypeStruct((), jnp.int32)
         shape = (self.window, self.order.batch_size)
@@ -185,14 +336,14 @@ class Program:
         return jitted.lower(*args)
 
     def _lower_eval(self) -> Any:
-        step = make_eval_step(_make_parts(self, Phase.EVAL))
+        step = self._observed(make_eval_step(make_parts(self, Phase.EVAL)))
 
         def call(
             sums: Any, state: Any, at: Any, data: Batch, keys: Any, hypers: Any
         ) -> Any:
-            batch = take_rows(data, at["rows"])
-            more = step(state, batch, at["weights"], keys, hypers, at["part"])
-            return jax.tree.map(jnp.add, sums, more)
+            batch, weights = take_rows(data, at["rows"]), at["weights"]
+            more, observed = step(state, batch, weights, keys, hypers, at["part"])
+            return jax.tree.map(jnp.add, sums, more), observed
 
         at = {
             "rows": jax.ShapeDtypeStruct((self.eval_rows,), jnp.int32),
@@ -208,23 +359,34 @@ class Program:
 
 def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:
     """(seeds, hypers) to the state before step 0 and the streams' base keys."""
-    spec, plan, x = program.spec, program.plan, program.microbatch
+    start = make_start(program, partial(build_run_optimizer, program.spec))
 
     def setup(seeds: Any, hypers: Any) -> tuple[State, dict[str, Any]]:
-        base = derive_base_keys(plan, seeds=seeds)
+        base = derive_base_keys(program.plan, seeds=seeds)
+        return start(base, hypers), base
+
+    return setup
+
+
+def make_start(
+    program: Program, optimizer: Callable[..., optax.GradientTransformationExtraArgs]
+) -> Callable[[dict[str, Any], Any], State]:
+    """(base keys, hypers) to the state before step 0."""
+    x, carried = program.microbatch, program.plan.carried()
+
+    def start(base: dict[str, Any], hypers: Any) -> State:
         variables = program.model.init(base, jnp.zeros(x.shape, x.dtype), hypers)
         params, collections = split_variables(variables)
-        state = State(
+        return State(
             step=jnp.int32(0),
             params=params,
             collections=collections,
-            opt_state=build_run_optimizer(spec, hypers).init(params),
-            carried={name: base[name] for name in plan.carried()},
+            opt_state=optimizer(hypers).init(params),
+            carried={name: base[name] for name in carried},
             failed=jnp.int32(-1),
         )
-        return state, base
 
-    return setup
+    return start
 
 
 def eval_rows(spec: RunSpec, data: Dataset) -> int:
@@ -232,7 +394,8 @@ def eval_rows(spec: RunSpec, data: Dataset) -> int:
     return min(spec.eval.batch_size or _AUTO_EVAL_ROWS, len(data.x_test))
 
 
-def _make_parts(program: Program, phase: Phase) -> Parts:
+def make_parts(program: Program, phase: Phase) -> Parts:
+    """What the steps of a program are made of."""
     spec = program.spec
     return Parts(
         apply=program.model.apply,
@@ -241,6 +404,7 @@ def _make_parts(program: Program, phase: Phase) -> Parts:
         rngs=make_rngs(
             program.plan,
             phase=phase,
+            names=program.traces[phase].streams,
             coordinates=program.coordinates[phase],
             steps_per_epoch=program.order.steps_per_epoch,
         ),

@@ -6,7 +6,7 @@ import datetime
 import json
 import logging
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,17 @@ import numpy as np
 import yaml
 
 from runner import __version__
+from runner.comparison import Comparison
 from runner.guarantee import guarantee_of
 from runner.hazards import Hazard
 from runner.keys import draw_canary, rng_flags
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
 from runner.parse import to_plain
-from runner.program import Program
+from runner.probe import Probe
+from runner.probe_loop import Event, key_rows, run_probe
+from runner.program import Compiled, Program
+from runner.records.arrays import write_arrays
 from runner.records.checkpoint import Checkpoints
 from runner.records.digests import (
     digest_config,
@@ -30,7 +34,7 @@ from runner.records.digests import (
     digest_plain,
 )
 from runner.records.environment import read_git, read_platform, read_versions
-from runner.records.events import RunEnd, RunStart, TrainRecord
+from runner.records.events import Outputs, RunEnd, RunStart, TrainRecord
 from runner.records.files import write_atomically
 from runner.records.secrets import Secrets
 from runner.sinks.base import Sinks, make_sinks
@@ -58,7 +62,7 @@ class Recorded:
 
 
 def record_run(
-    program: Program,
+    program: Compiled,
     *,
     directory: Path,
     secrets: Secrets,
@@ -66,7 +70,7 @@ def record_run(
     sweep: Mapping[str, Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Recorded:
-    """Trains a program to its end and records it in a directory that is ours alone.
+    """Runs a program to its end and records it in a directory that is ours alone.
 
     Args:
         program: What to run.
@@ -87,7 +91,7 @@ class _Recording:
 
     def __init__(
         self,
-        program: Program,
+        program: Compiled,
         directory: Path,
         secrets: Secrets,
         hazards: tuple[Hazard, ...],
@@ -99,7 +103,9 @@ class _Recording:
         self.ledger = make_ledger(program)
         self.metrics: dict[str, float] = {}
         self.best: tuple[float, int] | None = None
+        self.outputs: Outputs | None = None
         self.taken = 0  # steps whose metrics are written
+        self.comparison = _compare_keys(program, self.ledger)
         keep = program.spec.checkpoint.keep
         self.checkpoints = Checkpoints(directory / "checkpoints", keep=keep)
         self.manifest = self._first_manifest(sweep)
@@ -122,11 +128,14 @@ class _Recording:
         return Recorded(end.status, end.reason, objective)
 
     def _train(self, sinks: Sinks, stop: Callable[[], bool]) -> Outcome:
-        for event in train(self.program, stop=stop):
+        for event in _events(self.program, stop, self.comparison):
             if isinstance(event, Outcome):
                 return event
             if isinstance(event, Snapshot):
                 self.checkpoints.save(event.step, _saved(event.state))
+                continue
+            if isinstance(event, Outputs):
+                self._keep_outputs(event)
                 continue
             if isinstance(event, TrainRecord):
                 last = {f"train/{k}": float(v[-1]) for k, v in event.metrics.items()}
@@ -140,9 +149,16 @@ class _Recording:
             sinks.write(event)
         raise AssertionError("the loop ended without an outcome")
 
+    def _keep_outputs(self, outputs: Outputs) -> None:
+        path = self.directory / "outputs.npz"
+        write_arrays(path, outputs.arrays)
+        self.manifest["digests"]["outputs"] = digest_file(path)
+        self.outputs = outputs
+
     def _finish(self, outcome: Outcome) -> RunEnd:
         """Saves the last good state, then closes the manifest over it."""
-        self.checkpoints.save(outcome.step, _saved(outcome.state))
+        if self.program.steps:
+            self.checkpoints.save(outcome.step, _saved(outcome.state))
         params = _named_leaves(outcome.state.params)
         self.checkpoints.close()
         self.manifest["digests"]["params"] = digest_leaves(params)
@@ -166,6 +182,7 @@ class _Recording:
             "metrics": {name: _finite(v) for name, v in self.metrics.items()},
             "best": self.best
             and {"value": _finite(self.best[0]), "step": self.best[1]},
+            "observed": self.comparison and self.comparison.to_plain(),
         }
         self._write_manifest()
         return RunEnd(
@@ -176,6 +193,8 @@ class _Recording:
             metrics=self.metrics,
             best=self.best,
             ledger=self.directory / "keys",
+            outputs=self.outputs,
+            observed=str(self.comparison or ""),
         )
 
     def _write_start(self) -> None:
@@ -227,12 +246,13 @@ class _Recording:
             "digests": {
                 "config": digest_config(self.config),
                 "keys": digest_plain(self.ledger),
-                "data": program.data.digest(),
+                "data": program.data_digest,
                 "params": None,
                 "metrics": None,
             },
             "metrics": {},
             "best": None,
+            "observed": None,
             "parent": None,
             "sweep": sweep,
         }
@@ -249,14 +269,32 @@ class _Recording:
             config=self.config,
             streams=stream_rows(self.ledger),
             parameters=program.parameters,
-            steps=program.spec.train.steps,
+            steps=program.steps,
             objective=program.spec.objective,
             notes={
                 "devices": devices,
                 "guarantee": level,
                 "construct": str(program.construct),
             },
+            keys=key_rows(self.ledger) if isinstance(program, Probe) else (),
         )
+
+
+def _compare_keys(program: Compiled, ledger: Mapping[str, Any]) -> Comparison | None:
+    """What compares the keys of the running program, where `rng.observe` says so."""
+    if not program.spec.rng.observe:
+        return None
+    window = program.window if isinstance(program, Program) else 1
+    return Comparison(ledger, window=window)
+
+
+def _events(
+    program: Compiled, stop: Callable[[], bool], comparison: Comparison | None
+) -> Iterator[Event]:
+    if isinstance(program, Probe):
+        return run_probe(program, stop=stop, watch=comparison)
+    assert isinstance(program, Program)
+    return train(program, stop=stop, watch=comparison)
 
 
 def _saved(state: State) -> dict[str, Any]:

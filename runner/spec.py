@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Literal
 
 from runner.errors import ConfigError, UnknownStreamError, did_you_mean
+from runner.inputs import InputSpec, check_input
 from runner.parse import (
     Count,
     Fraction,
@@ -37,7 +38,9 @@ __all__ = [
     "EvalSpec",
     "Impl",
     "MnistSpec",
+    "NoDataSpec",
     "Phase",
+    "ProbeSpec",
     "RegressionSpec",
     "RngSpec",
     "Rule",
@@ -133,6 +136,7 @@ class RngSpec:
     partitionable: bool = True
     fix_separator: bool = True
     fallback: Literal["error", "params"] = "error"
+    observe: bool = False
     allow: tuple[str, ...] = ()
     streams: Mapping[str, StreamSpec] = field(default_factory=Frozen)
 
@@ -194,6 +198,16 @@ class CsvSpec(DataSpec):
 
 
 @dataclass(frozen=True)
+class NoDataSpec:
+    """No rows: for a probe, whose task declares the arrays."""
+
+    batch_size: ClassVar[int] = 1
+    shuffle: ClassVar[str | None] = None
+
+    name: Literal["none"] = "none"
+
+
+@dataclass(frozen=True)
 class ClassificationSpec:
     """Softmax cross-entropy over integer labels."""
 
@@ -212,7 +226,33 @@ class RegressionSpec:
     name: Literal["regression"] = "regression"
 
 
-TaskSpec = ClassificationSpec | RegressionSpec
+@dataclass(frozen=True)
+class ProbeSpec:
+    """The model is called with declared arrays; all that comes out is kept.
+
+    Without `loss`: one call, in train or eval `mode`. With it, `train.steps` updates
+    against `targets`, then a call in eval mode.
+    """
+
+    metrics: ClassVar[Mapping[str, str]] = {"loss": "min"}
+
+    name: Literal["probe"] = "probe"
+    inputs: tuple[InputSpec, ...] = ()
+    mode: Literal["train", "eval"] = "train"
+    loss: Literal["squared_error", "cross_entropy"] | None = None
+    targets: InputSpec | None = None
+
+    @property
+    def arrays(self) -> dict[str, InputSpec]:
+        """Inputs and targets by config path, in the order in which they are made."""
+        arrays = {f"task.inputs[{i}]": spec for i, spec in enumerate(self.inputs)}
+        if self.targets is not None:
+            arrays["task.targets"] = self.targets
+        return arrays
+
+
+TaskSpec = ClassificationSpec | RegressionSpec | ProbeSpec
+DataChoice = DigitsSpec | ArraysSpec | MnistSpec | CsvSpec | NoDataSpec
 
 
 @dataclass(frozen=True)
@@ -309,7 +349,7 @@ class RunSpec:
     seed: Seed = 0
     trusted: tuple[str, ...] = ()
     rng: RngSpec = RngSpec()
-    data: DigitsSpec | ArraysSpec | MnistSpec | CsvSpec = DigitsSpec()
+    data: DataChoice = DigitsSpec()
     task: TaskSpec = ClassificationSpec()
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
@@ -334,8 +374,9 @@ def parse_spec(config: Mapping[str, Any]) -> RunSpec:
     spec = build_dataclass(RunSpec, config)
     for check in (_check_trusted, _check_streams, _check_host_streams):
         check(spec)
-    for check in (_check_nodes, _check_rates, _check_task, _check_batches):
+    for check in (_check_nodes, _check_rates, _check_task, _check_probe):
         check(spec)
+    _check_batches(spec)
     return spec
 
 
@@ -495,6 +536,65 @@ def _check_task(spec: RunSpec) -> None:
             "needs evaluations before the end",
             got=spec.eval.patience,
             fix="Set eval.every to a number of steps",
+        )
+
+
+def _check_probe(spec: RunSpec) -> None:
+    task = spec.task
+    if isinstance(task, ProbeSpec) != isinstance(spec.data, NoDataSpec):
+        is_probe = isinstance(task, ProbeSpec)
+        raise ConfigError(
+            "data.name",
+            "a probe reads no rows" if is_probe else f"{task.name} needs rows",
+            got=spec.data.name,
+            fix="Set data=none" if is_probe else "Set data=digits, or task=probe",
+        )
+    if not isinstance(task, ProbeSpec):
+        return
+    for path, declared in task.arrays.items():
+        check_input(declared, path=path)
+        if declared.stream is not None:
+            _check_source(spec, declared.stream, path)
+    if (task.loss is None) != (task.targets is None):
+        has, lacks = sorted(("loss", "targets"), key=lambda n: getattr(task, n) is None)
+        rule, fix = f"{has} needs {lacks}, too", f"Set task.{lacks}, or leave both out"
+        raise ConfigError(f"task.{lacks}", rule, got=None, fix=fix)
+    if task.loss is not None and task.mode != "train":
+        rule = "updates are made in train mode"
+        raise ConfigError("task.mode", rule, got=task.mode, fix="Remove it")
+    unused = {
+        "train.accumulation_steps": spec.train.accumulation_steps > 1,
+        "eval.batch_size": spec.eval.batch_size is not None,
+        "eval.patience": spec.eval.patience is not None,
+    }
+    for path in [path for path, is_set in unused.items() if is_set]:
+        raise ConfigError(path, "not for a probe", fix="Leave it as it is by default")
+
+
+def _check_source(spec: RunSpec, name: str, path: str) -> None:
+    stream = spec.rng.streams.get(name)
+    if stream is None:
+        raise UnknownStreamError(
+            f"{path}.stream",
+            "not a declared stream",
+            got=name,
+            allowed=f"Declared: {', '.join(sorted(spec.rng.streams)) or 'none'}",
+            fix=did_you_mean(name, spec.rng.streams)
+            or f"Set +rng.streams.{name}={{phases: [init]}}",
+        )
+    if stream.kind is StreamKind.HOST and stream.per:
+        raise ConfigError(
+            f"rng.streams.{name}.per",
+            "inputs are drawn once, so this stream has no epoch",
+            got=_plain(stream.per),
+            fix="Set it to []",
+        )
+    if stream.kind is StreamKind.JAX and Phase.INIT not in stream.phases:
+        raise ConfigError(
+            f"rng.streams.{name}.phases",
+            "must include init, where inputs are drawn",
+            got=[str(phase) for phase in stream.phases],
+            fix="Add init to it",
         )
 
 

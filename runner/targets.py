@@ -29,11 +29,18 @@ from enum import Enum
 from inspect import Parameter, Signature
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from runner.errors import TargetError, did_you_mean
 
-__all__ = ["Target", "Use", "first_line", "resolve_target"]
+__all__ = ["NEEDS_VALUE", "Target", "Use", "first_line", "resolve_target"]
+
+NEEDS_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+)
+"""What Python code raises that must know the value of a traced number."""
 
 _LIBRARIES = ("flax", "jax", "optax")
 _ROOTS = {n: n for n in ("flax.linen", "jax", "optax")} | {"models": "runner.models"}

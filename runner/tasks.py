@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Num
 
 from runner.errors import ConfigError
-from runner.spec import ClassificationSpec, TaskSpec
+from runner.spec import ClassificationSpec, ProbeSpec, TaskSpec
 
 __all__ = ["Task", "make_task"]
 
@@ -20,7 +21,7 @@ Hypers = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Task:
-    """Pure functions of one task; all return a value for each row.
+    """Pure functions of one task; all return a value for each row (a probe's: one).
 
     Args:
         loss: (outputs, targets, hypers) to the loss that is trained on.
@@ -39,6 +40,8 @@ def make_task(spec: TaskSpec) -> Task:
     """The functions of the declared task."""
     if isinstance(spec, ClassificationSpec):
         return Task(_smooth_entropy, _class_metrics, _check_logits)
+    if isinstance(spec, ProbeSpec):
+        return _make_probe_task(spec)
     return Task(
         lambda outputs, targets, _: _squared_error(outputs, targets),
         _value_metrics,
@@ -114,3 +117,36 @@ def _check_values(outputs: Any, targets: np.ndarray, _: int | None) -> None:
             got=shape if shape is not None else type(outputs).__name__,
             fix=f"Give its last layer {want} feature{'s' * (want != 1)}",
         )
+
+
+def _make_probe_task(spec: ProbeSpec) -> Task:
+    """The loss of a probe, one for all that the model returns.
+
+    squared_error: mean((targets - outputs)^2)
+    cross_entropy: mean(-log_softmax(outputs)[targets])
+    """
+    of_labels = spec.loss == "cross_entropy"
+
+    def loss(outputs: Array, targets: Array, _: Hypers) -> Float[Array, ""]:
+        if of_labels:
+            entropy = optax.softmax_cross_entropy_with_integer_labels
+            mean: Float[Array, ""] = entropy(outputs, targets).mean()
+            return mean
+        return jnp.mean((targets - outputs) ** 2)
+
+    def check(outputs: Any, targets: np.ndarray, _: int | None) -> None:
+        shape = getattr(outputs, "shape", None)
+        if of_labels and targets.dtype != np.int32:
+            got = f"targets of type {targets.dtype}"
+            raise ConfigError("task.targets", "must be integer labels", got=got)
+        wanted = shape[:-1] if of_labels and shape else shape
+        if wanted != targets.shape:
+            what = "have a label for each row of logits"
+            raise ConfigError(
+                "task.targets",
+                f"must {what if of_labels else 'be of the shape of the outputs'}",
+                got=f"targets of shape {targets.shape}",
+                allowed=f"The model returns {shape or type(outputs).__name__}",
+            )
+
+    return Task(loss, lambda *_: {}, check)

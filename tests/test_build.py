@@ -573,11 +573,13 @@ REFUSED = {
         {"module": {**DENSE, "features": "3"}},
         "model.module.features: must be int for Dense (got '3')."),
     "lift": (
-        {"lift": "scan", "module": DENSE},
-        "model.lift: lifted transforms are not built yet (got 'scan')."),
+        {"lift": "scan"}, "model: nn.scan needs module. Set model.module."),
     "lift within": (
-        target("models.Sequential", layers=[{"lift": "vmap", "module": DENSE}]),
-        "model.layers[0].lift: lifted transforms are not built yet (got 'vmap')."),
+        target("models.Sequential", layers=[{"lift": "vmap", "module": DENSE,
+                                             "length": 3}]),
+        "model.layers[0].length: not an argument of nn.vmap (got 'length'). "
+        "Arguments: variable_axes, split_rngs, in_axes, out_axes, axis_size, "
+        "axis_name, spmd_axis_name, metadata_params, methods, name, module."),
     "target number": (
         target(3),  # type: ignore[arg-type]
         "model._target_: must be a name such as flax.linen.Dense (got 3)."),
@@ -811,7 +813,8 @@ REFUSED_OPTIMIZERS = {
         "(got 'update_moment')."),
     "lift": (
         {"transform": {"lift": "vmap"}},
-        "optimizer.transform.lift: lifted transforms are not built yet (got 'vmap')."),
+        "optimizer.transform: must be a mapping with a _target_, or with one under "
+        "transform (got {'lift': 'vmap'})."),
 }  # fmt: skip
 
 

@@ -249,11 +249,6 @@ def test_batch_larger_than_the_data(spec_of: Any) -> None:
     assert "data.batch_size" in refusal(spec_of("data.batch_size=5000"))
 
 
-def test_model_that_draws_from_an_undeclared_stream(spec_of: Any) -> None:
-    text = refusal(spec_of("~rng.streams.dropout"))
-    assert "Dropout_0 draws from it in train" in text
-
-
 def test_labels_of_two_axes(make_spec: Any, spec_of: Any, tmp_path: Path) -> None:
     x, y = np.zeros((40, 3), np.float32), np.arange(40).reshape(40, 1) % 3
     np.savez(tmp_path / "data.npz", x=x, y=y)

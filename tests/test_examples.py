@@ -20,14 +20,15 @@ SHORT = ("train.steps=2", "sinks=none", "train.compile_cache=null")
 
 def commands() -> list[Any]:
     """Each `python -m runner ...` line that names no file of the reader's."""
-    found = []
+    found = {}
     for page in PAGES:
         for line in page.read_text().splitlines():
             match = re.match(r"(?: {4}|\t)(?:\$ )?python -m runner (.*)", line)
             if match:
                 words = shlex.split(match.group(1), comments=True)
-                found.append(pytest.param(words, id=" ".join(words)))
-    return found
+                name = " ".join(words)
+                found[name] = pytest.param(words, id=name)
+    return list(found.values())
 
 
 COMMANDS = commands()
@@ -80,6 +81,7 @@ def test_yaml_parses(page: Path, compose_config: Any) -> None:
         if "rng" in given:
             streams = resolved["rng"]["streams"]
             streams.setdefault("split", {"kind": "host", "seed": 0})
+            streams.setdefault("shuffle", {"kind": "host", "per": ["epoch"]})
         assert to_plain(parse_spec(resolved))["model"] == resolved["model"]
 
 

@@ -416,7 +416,8 @@ def train_by_yaml(make_spec: Any, *overrides: str) -> tuple[Any, Result]:
     state, *rest = program.start()
     variables = {"params": state.params, **state.collections}
     result.initial = jax.tree.map(np.array, variables)  # copies: the state is donated
-    vars(program)["start"] = lambda: (state, *rest)  # not compiled a second time
+    started = (state, *rest), None
+    vars(program)["start_observed"] = lambda: started  # not compiled a second time
     for event in train(program):
         if isinstance(event, TrainRecord):
             result.losses += list(event.metrics["loss"])

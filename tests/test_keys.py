@@ -399,7 +399,13 @@ def test_make_rngs_under_jit(impl: str, phase: Phase, has_parts: bool) -> None:
     plan = plan_keys(spec)
     has = frozenset({STEP, EPOCH} | ({MICROBATCH} if has_parts else set()))
     derive = jax.jit(
-        make_rngs(plan, phase=phase, coordinates=has, steps_per_epoch=STEPS_PER_EPOCH)
+        make_rngs(
+            plan,
+            phase=phase,
+            names=plan.in_phase(phase),
+            coordinates=has,
+            steps_per_epoch=STEPS_PER_EPOCH,
+        )
     )
     keys = derive_base_keys(plan, seeds={n: s.seed for n, s in plan.streams.items()})
     carried = {n: keys[n] for n in plan.carried()} if phase is Phase.TRAIN else {}
@@ -420,7 +426,13 @@ def test_make_rngs_under_jit(impl: str, phase: Phase, has_parts: bool) -> None:
 def test_make_rngs_without_what_is_carried() -> None:
     """A run that is resumed derives the carried key from the step."""
     plan = plan_keys(rng(MIXED))
-    derive = make_rngs(plan, phase=Phase.TRAIN, coordinates=ALL, steps_per_epoch=3)
+    derive = make_rngs(
+        plan,
+        phase=Phase.TRAIN,
+        names=plan.in_phase(Phase.TRAIN),
+        coordinates=ALL,
+        steps_per_epoch=3,
+    )
     keys = derive_base_keys(plan, seeds={n: s.seed for n, s in plan.streams.items()})
     carried = {"dropout": advance_carry(keys["dropout"], 4)}
     with_it, after = derive(keys, carried, 4, 1)

@@ -18,8 +18,9 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from runner.models import Dropout, Noise, Sequential
 from test_audit import consumed
 
+from runner.audit import trace_draws
 from runner.compile import compile_run
-from runner.keys import rng_flags
+from runner.keys import derive_key, rng_flags
 from runner.ledger import (
     expand,
     first_step,
@@ -29,7 +30,7 @@ from runner.ledger import (
     stream_rows,
 )
 from runner.parse import to_plain
-from runner.program import Program, _make_parts
+from runner.program import Program, make_parts
 from runner.records.digests import digest_config, digest_plain
 from runner.spec import Phase, parse_spec
 from runner.step import Batch, make_eval_step, make_step
@@ -341,10 +342,75 @@ def test_stream_row_keys_are_base_keys(programs: Any) -> None:
             "fold_in(split(fold_in(carry(key(0), step), microbatch), 2)[scan:layers], "
             "9)",
         ),
+        (
+            [
+                {"op": "seed", "value": 0},
+                {"op": "fold_in", "value": {"offset": -1, "axes": {"b": 3, "a": -1}}},
+                {"op": "split", "index": {"offset": 2, "axes": {"a": -2}}, "of": 9},
+                {
+                    "op": "repeat",
+                    "times": {"offset": 2, "axes": {"scan:x": -1}},
+                    "counter": "turn",
+                    "body": [
+                        {"op": "split", "index": 0, "of": 2},
+                        {"op": "fold_in", "value": {"offset": 0, "axes": {"turn": 1}}},
+                    ],
+                },
+            ],
+            "repeat(split(fold_in(key(0), -a + 3 * b - 1), 9)[-2 * a + 2], "
+            "key -> fold_in(split(key, 2)[0], turn), -scan:x + 2)",
+        ),
     ],
 )
 def test_spell_derivation(rows: Any, text: str) -> None:
     assert spell_derivation(rows) == text
+
+
+def many_ways(rngs: Any) -> Any:
+    """Keys of computed numbers, of parts, carried, and out of loops within loops."""
+    key, split, fold_in = rngs["noise"], jax.random.split, jax.random.fold_in
+
+    def turn(carry: Any, i: Any) -> Any:
+        def inner(c: Any, j: Any) -> Any:
+            return fold_in(c, 2 * i + j), jax.random.bits(c)
+
+        last, bits = jax.lax.scan(inner, carry, jnp.arange(2))
+        return split(last)[1], (bits, jax.random.bits(fold_in(key, 5 - i)))
+
+    last, bits = jax.lax.scan(turn, key, jnp.arange(3), reverse=True)
+    rows = jax.vmap(jax.random.bits)(split(key, (2, 3)).reshape(-1)[1:4])
+    parts = jax.vmap(jax.random.bits)(jnp.stack([last, fold_in(last, 2**32 - 1)]))
+    return bits, rows, parts
+
+
+def test_computed_and_carried_keys_replay(arrays: Path) -> None:
+    """As rows of JSON, by `jax.random` alone, at each index and step."""
+    program = compile_variant(arrays, "carry")
+    trace = program.traces[Phase.TRAIN]
+    found = trace_draws(many_ways, {"noise": jax.random.key(0)})
+    object.__setattr__(trace, "draws", found.draws)
+    ledger = json.loads(json.dumps(make_ledger(program), allow_nan=False))
+    assert ledger == make_ledger(program)
+    noise = program.plan.streams["noise"]
+    ops = noise.ops(Phase.TRAIN, program.coordinates[Phase.TRAIN])
+    for step in (0, 3):
+        start = derive_key(ops, impl="threefry2x32", coordinates={"step": step})
+        rngs = {"noise": start}
+        real = consumed(jax.make_jaxpr(many_ways)(rngs), rngs)
+        rows = entries(ledger, step, "train")
+        assert {tuple(row["key"]) for row in rows} == set(real)
+        for row in rows:
+            assert {op["op"] for op in row["derivation"]} <= {
+                "seed",
+                "fold_in",
+                "split",
+            }
+            key = replay(row["derivation"], "threefry2x32")
+            assert words(key) == tuple(row["key"])
+    rule = ledger["draws"][-1]
+    assert rule["phase"] == "eval"
+    kinds = [op["op"] for d in ledger["draws"] for op in d.get("derivation", ())]
+    assert kinds.count("repeat") >= 4
 
 
 def test_untraced_draws_are_listed() -> None:
@@ -628,8 +694,8 @@ def closed_steps(program: Program, step: int) -> dict[str, tuple[Any, ...]]:
     state, keys, hypers = program.start()
     state = state._replace(step=jnp.int32(step), carried=carried_into(program, step))
     x, y = program.data.x_train[:8], program.data.y_train[:8]
-    train = make_step(_make_parts(program, Phase.TRAIN))
-    evaluate = make_eval_step(_make_parts(program, Phase.EVAL))
+    train = make_step(make_parts(program, Phase.TRAIN))
+    evaluate = make_eval_step(make_parts(program, Phase.EVAL))
     calls: dict[str, Any] = {"train": [(train, (state, Batch(x, y), keys, hypers))]}
     rows = program.eval_rows
     batch = Batch(program.data.x_test[:rows], program.data.y_test[:rows])

@@ -83,8 +83,8 @@ class Fake:
         self.log: list[str] = []
         self.calls = SimpleNamespace(train=self.take_steps, evaluate=self.evaluate)
 
-    def start(self) -> tuple[Any, Any, Any]:
-        return 0, {}, {}
+    def start_observed(self) -> tuple[Any, None]:
+        return (0, {}, {}), None
 
     def take_steps(
         self, state: int, window: Any, data: Any, keys: Any, hypers: Any
@@ -105,14 +105,14 @@ class Fake:
             metrics = metrics[0]
         fetched = Fetched(np.int32(failed), self.log, f"fetch {taken.start}")
         after = max(taken.stop, min(state, taken.start))
-        return after, {"loss": metrics}, fetched
+        return after, ({"loss": metrics}, None), fetched
 
     def evaluate(
         self, sums: Any, state: int, at: Any, data: Any, keys: Any, hypers: Any
     ) -> Any:
         self.log.append(f"eval {state}")
         total = np.float32(self.values(state)) * at["weights"].sum()
-        return {name: value + total for name, value in sums.items()}
+        return {name: value + total for name, value in sums.items()}, None
 
 
 class Fetched:

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runner.errors import ConfigError, RunnerError, UnknownStreamError
+from runner.audit import NOT_THERE
+from runner.errors import ConfigError, RunnerError
 from runner.keys import derive_base_keys, plan_keys
 from runner.model import Model, split_variables, trace_model
 from runner.parse import Node, freeze
-from runner.spec import Phase, RngSpec, StreamSpec
+from runner.spec import Phase, RngSpec, StreamKind, StreamSpec
 
 PACKAGE = "lab_of_test_model"
 X = jax.ShapeDtypeStruct((4, 3), jnp.float32)
@@ -140,9 +141,7 @@ def model(name: str, **arguments: Any) -> Model:
     return Model(Node(freeze(node, path="model")), (PACKAGE,))
 
 
-def trace(
-    made: Model, fallback: str = "error", hypers: Any = None, **streams: StreamSpec
-) -> Any:
+def trace(made: Model, hypers: Any = None, **streams: StreamSpec) -> Any:
     streams = {"params": StreamSpec((Phase.INIT,)), **streams}
     plan = plan_keys(RngSpec(streams={k: v for k, v in streams.items() if v}))
     seeds = dict.fromkeys(plan.streams, jax.ShapeDtypeStruct((), jnp.uint32))
@@ -150,7 +149,6 @@ def trace(
     return trace_model(
         made,
         plan=plan,
-        fallback=fallback,
         x=X,
         eval_rows=X.shape[0],
         keys=keys,
@@ -220,32 +218,30 @@ def test_split_variables() -> None:
 # --- streams
 
 
+def missing(traces: Any, phase: Phase) -> list[tuple[str, str, bool]]:
+    """Stream, path and whether `params` came instead, of each that was missing."""
+    found = traces[phase].missing
+    return [(m.stream, "/".join(m.path), m.substituted) for m in found]
+
+
 def test_undeclared_stream() -> None:
-    text = refusal(lambda: trace(model("Outer")), UnknownStreamError)
-    assert "'noise'" in text
-    assert "inner draws from it in init" in text
-    assert "declared: params" in text
-    assert "+rng.streams.noise=" in text
-
-
-def test_undeclared_stream_with_a_near_name() -> None:
-    text = refusal(
-        lambda: trace(model("Draws", stream="nois"), noise=StreamSpec(ALL)),
-        UnknownStreamError,
-    )
-    assert "Did you mean 'noise'?" in text
-    assert "the model itself draws from it" in text
+    """The trace goes on without it, so that all that is missing is known."""
+    traces = trace(model("Outer"))
+    assert missing(traces, Phase.INIT) == [("noise", "inner", True)]
+    assert missing(traces, Phase.TRAIN) == [("noise", "inner", False)]
+    (draw,) = traces[Phase.TRAIN].draws
+    assert (draw.stream, draw.untraced) == (None, NOT_THERE)
 
 
 def test_undeclared_stream_in_training() -> None:
-    text = refusal(lambda: trace(model("DrawsInTraining")), UnknownStreamError)
-    assert "draws from it in train" in text
-    assert "phases: [train]" in text
+    traces = trace(model("DrawsInTraining"))
+    assert missing(traces, Phase.INIT) == []
+    assert missing(traces, Phase.TRAIN) == [("noise", "", False)]
 
 
 @pytest.mark.parametrize(
     ("name", "left_out"),
-    [("Offset", Phase.INIT), ("Draws", Phase.TRAIN), ("Draws", Phase.EVAL)],
+    [("Offset", Phase.INIT), ("Draws", Phase.TRAIN)],
 )
 def test_phase_that_is_left_out(name: str, left_out: Phase) -> None:
     phases = tuple(p for p in ALL if p is not left_out)
@@ -261,13 +257,23 @@ def test_draw_in_init_that_no_variable_depends_on() -> None:
     assert without[Phase.INIT].missing == ()
 
 
+def test_evaluation_is_given_what_it_asks_for() -> None:
+    """`phases` leaves it out; a hazard says so, and its keys are still planned."""
+    traces = trace(model("Draws"), noise=StreamSpec((Phase.INIT, Phase.TRAIN)))
+    assert traces[Phase.EVAL].streams == ("noise",)
+    assert {draw.stream for draw in traces[Phase.EVAL].draws} == {"noise"}
+
+
+def test_host_stream_is_not_for_the_program() -> None:
+    host = StreamSpec(ALL, kind=StreamKind.HOST)
+    text = refusal(lambda: trace(model("Draws"), noise=host))
+    assert text.startswith("rng.streams.noise.kind: a host stream is not for")
+
+
 def test_no_params_stream() -> None:
-    """Flax names `params` itself here: there is nothing to fall back to."""
-    text = refusal(
-        lambda: trace(model("Draws"), params=None, noise=StreamSpec(ALL)),
-        UnknownStreamError,
-    )
-    assert "'params'" in text
+    """Flax has nothing to fall back to."""
+    traces = trace(model("Draws"), params=None, noise=StreamSpec(ALL))
+    assert {name for name, *_ in missing(traces, Phase.INIT)} == {"params"}
 
 
 def test_params_drawn_in_training() -> None:
@@ -277,18 +283,10 @@ def test_params_drawn_in_training() -> None:
 
 def test_fallback_to_params() -> None:
     """As in Flax: a key of `params`, whose counter it moves."""
-    params = StreamSpec(ALL)
-    text = refusal(lambda: trace(model("Draws"), params=params), UnknownStreamError)
-    assert "'noise'" in text
-    traces = trace(model("Draws"), "params", params=params)
+    traces = trace(model("Draws"), params=StreamSpec(ALL))
     for phase in ALL:
         assert {draw.stream for draw in traces[phase].draws} == {"params"}
-    assert traces[Phase.TRAIN].missing[0].stream == "noise"
-
-
-def test_fallback_needs_params_in_that_phase() -> None:
-    text = refusal(lambda: trace(model("Draws"), "params"), UnknownStreamError)
-    assert "draws from it in train" in text
+        assert missing(traces, phase) == [("noise", "", True)]
 
 
 def test_declared_streams_are_drawn_from() -> None:

@@ -20,8 +20,14 @@ from jax.extend.core import jaxprs_in_params
 from runner.models import (
     CNN,
     MLP,
+    Branches,
+    Compact,
+    Declare,
     Dropout,
+    Identity,
+    Keys,
     Noise,
+    RandomInteger,
     ResidualMLPBlock,
     Sequential,
     Variable,
@@ -1001,3 +1007,89 @@ def test_modules_take_a_traced_rate_with_nothing_else_compiled():
     for rate in RATES:
         assert np.isfinite(run(rate, values(2, 3))).all()
     assert len(traces) == 1
+
+
+# --- Keys, RandomInteger, Branches, Identity, Compact
+
+
+def test_keys_shows_what_make_rng_gives():
+    inner = Keys(("noise",), name="inner")
+    module = Keys(("noise", "dropout", "noise"), modules=(inner, Keys(("dropout",))))
+    shown = module.apply({}, rngs=rngs("noise", "dropout"))
+    assert set(shown) == {"keys", "bits", "inner", "modules_1"}
+
+    class ByHand(nn.Module):
+        @nn.compact
+        def __call__(self):
+            return [self.make_rng(name) for name in ("noise", "dropout", "noise")]
+
+    keys = ByHand().apply({}, rngs=rngs("noise", "dropout"))
+    for i, key in enumerate(keys):
+        assert shown["keys"][i].tolist() == jax.random.key_data(key).tolist()
+        assert shown["bits"][i] == jax.random.bits(key)
+    assert shown["inner"]["keys"].shape == (1, 2)
+
+
+def test_random_integer():
+    module = RandomInteger(low=5, high=9, stream="noise")
+    for x in (jnp.int32(10), jnp.zeros((3, 2))):
+        y = module.apply({}, x, rngs=rngs("noise"))
+        assert (y.dtype, y.shape) == (x.dtype, x.shape)
+        assert set((y - x).ravel().tolist()) <= {5, 6, 7, 8}
+        assert len(set((y - x).ravel().tolist())) == 1
+
+
+def test_branches_hand_on_the_flag():
+    module = Branches((Dropout(0.5), nn.relu, Dropout(0.5, name="mine")))
+    x = values(64)
+    same = module.apply({}, x, deterministic=True)
+    assert_same(same, (x, nn.relu(x), x))
+    dropped = module.apply({}, x, deterministic=False, rngs=rngs("dropout"))
+    assert [bool((y == 0).any()) for y in dropped] == [True, True, True]
+    assert not jnp.array_equal(dropped[0], dropped[2])
+
+
+def test_identity():
+    x, y = values(3), values(2)
+    assert_same(Identity().apply({}, x), x)
+    assert_same(Identity().apply({}, x, y), (x, y))
+
+
+class HandCompact(nn.Module):
+    @nn.compact
+    def __call__(self, x, deterministic):
+        x = (
+            x
+            + self.variable(
+                "noise",
+                "shift",
+                lambda: nn.initializers.normal()(self.make_rng("noise"), x.shape),
+            ).value
+        )
+        self.param("unused", nn.initializers.normal(), (3,))
+        x = nn.Dense(4)(x)
+        x = x + self.param("gain", nn.initializers.normal(), x.shape)
+        return nn.Dropout(0.5)(x, deterministic=deterministic)
+
+
+def test_compact_is_a_compact_body():
+    init = nn.initializers.normal()
+    steps = (
+        Declare("shift", init, collection="noise", stream="noise", add=True),
+        Declare("unused", init, shape=(3,)),
+        nn.Dense(4, name="Dense_0"),
+        Declare("gain", init, add=True),
+        Dropout(0.5, name="Dropout_0"),
+    )
+    x, keys = values(2, 3), rngs("params", "noise")
+    ours, theirs = Compact(steps), HandCompact()
+    variables = ours.init(keys, x, deterministic=True)
+    assert_same(variables, theirs.init(keys, x, True))
+    call = {"rngs": rngs("dropout")}
+    dropped = ours.apply(variables, x, deterministic=False, **call)
+    assert_same(dropped, theirs.apply(variables, x, False, **call))
+
+
+def test_declare_refuses_another_stream_for_a_parameter():
+    with pytest.raises(ValueError, match=r"stream: self.param draws from params"):
+        Declare("w", nn.initializers.normal(), stream="noise")

@@ -97,7 +97,7 @@ def build(**data: Any) -> Any:
 
 
 NAN, INF = math.nan, math.inf
-SEEDS = "Allowed: from 0 to 4294967295."
+SEEDS = "Allowed: from -9223372036854775808 to 9223372036854775807."
 COUNTS = "Allowed: from 1 to 2147483647."
 
 
@@ -277,8 +277,8 @@ def test_accepts(name: str, given: Any, built: Any) -> None:
             {"a": {"size": 0}},
             "by_name.a.size: out of range (got 0). " + COUNTS,
         ),
-        ("seed", -1, "seed: out of range (got -1). " + SEEDS),
-        ("seed", 2**32, "seed: out of range (got 4294967296). " + SEEDS),
+        ("seed", -(2**63) - 1, f"seed: out of range (got {-(2**63) - 1}). " + SEEDS),
+        ("seed", 2**63, f"seed: out of range (got {2**63}). " + SEEDS),
         ("rate", 1.001, "rate: out of range (got 1.001). Allowed: from 0 to 1."),
         ("rate", -0.1, "rate: out of range (got -0.1). Allowed: from 0 to 1."),
         (

@@ -301,9 +301,9 @@ def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evalua
             f"eval.batch_size={'null' if batch_size is None else batch_size}",
         )
         program = compile_run(spec)
-        loop = _Loop(program, lambda: False)
+        loop = _Loop(program, lambda: False, None)
         state, loop.keys, loop.hypers = program.start()
-        result = jax.device_get(loop._evaluate(state, 0))
+        result, _ = jax.device_get(loop._evaluate(state, 0))
         kernel = np.asarray(state.params["Dense_0"]["kernel"])
         error = (tests["x_test"] @ kernel)[:, 0] - targets.astype(np.float64)
         return {k: float(v / n) for k, v in result.items()} | {

@@ -6,6 +6,7 @@ the config is parsed, the model built and traced and the data read before that; 
 a directory is claimed that no other run has.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,8 @@ class Gate(Callback):
         from runner.records.files import claim_directory
 
         Gate.is_reached = True
+        # Hydra's own logging still stands here, and prints which backends JAX lacks.
+        logging.getLogger("jax").setLevel(logging.WARNING)
         try:
             HydraConfig.instance().set_config(config)
             own = OmegaConf.to_container(config.hydra, resolve=False)

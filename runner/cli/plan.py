@@ -15,7 +15,7 @@ from runner.errors import RunnerError
 from runner.sinks.text import clean
 
 if TYPE_CHECKING:
-    from runner.program import Program
+    from runner.program import Compiled
 
 __all__ = ["main"]
 
@@ -25,6 +25,9 @@ def main(args: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="runner plan", description=__doc__)
     parser.add_argument("overrides", nargs="*", help="as for training")
     parser.add_argument("--config-dir", "-cd", help="your own groups")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out FLOPs and memory"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document")
     options = parser.parse_intermixed_args(args)
     try:
@@ -39,7 +42,9 @@ def main(args: list[str]) -> int:
     composed = read_composed(config, choices=choices)
     from runner.compile import compile_run
 
-    document = _document(compile_run(composed.spec))
+    program = compile_run(composed.spec)
+    document = _document(program)
+    document["costs"] = None if options.no_compile else _costs(program, document)
     if options.json:
         json.dump(document, sys.stdout, indent=1)
         print()
@@ -48,24 +53,26 @@ def main(args: list[str]) -> int:
     return 0
 
 
-def _document(program: "Program") -> dict[str, Any]:
+def _document(program: "Compiled") -> dict[str, Any]:
     import jax
 
     from runner.guarantee import guarantee_of
     from runner.hazards import find_hazards
     from runner.ledger import make_ledger
+    from runner.lift_keys import count_lift_keys
 
     ledger = make_ledger(program)
     guarantee = guarantee_of(program)
     leaves = jax.tree_util.tree_leaves_with_path(program.initial.params)
     return {
         "experiment": program.spec.experiment,
-        "steps": program.spec.train.steps,
+        "steps": program.steps,
         "construct": str(program.construct),
         "inputs": dict(program.hypers),
         "constants": list(program.baked),
         "streams": ledger["streams"],
         "draws": ledger["draws"],
+        "lifts": count_lift_keys(program),
         "hazards": [hazard.to_plain() for hazard in find_hazards(program)],
         "parameters": [
             {
@@ -82,6 +89,18 @@ def _document(program: "Program") -> dict[str, Any]:
             "reasons": list(guarantee.reasons),
         },
     }
+
+
+def _costs(program: "Compiled", document: dict[str, Any]) -> dict[str, Any] | None:
+    """What the compiler estimates; None for a program that can't be compiled."""
+    from runner.costs import estimate_costs
+    from runner.hazards import find_hazards
+    from runner.platforms import set_compile_cache
+
+    if any(hazard.is_fatal for hazard in find_hazards(program)):
+        return None
+    set_compile_cache(program.spec.train.compile_cache)
+    return estimate_costs(program.programs)
 
 
 def _print_tables(document: dict[str, Any]) -> None:
@@ -125,10 +144,20 @@ def _print_tables(document: dict[str, Any]) -> None:
         ],
     )
     print()
+    if document["lifts"]:
+        print_table(
+            ("phase", "lift", "keys", "note"),
+            [
+                (row["phase"], row["axis"], _spell_keys(row), row["note"])
+                for row in document["lifts"]
+            ],
+        )
+        print()
     for hazard in document["hazards"]:
         at = f" ({', '.join(hazard['draws'])})" if hazard["draws"] else ""
         where = f"{hazard['code']} {hazard['severity']}: {hazard['path']}"
-        print(clean(f"{where}: {hazard['what']}{at}. {hazard['fix']}."))
+        stop = "" if hazard["fix"].endswith("?") else "."
+        print(clean(f"{where}: {hazard['what']}{at}. {hazard['fix']}{stop}"))
     print("" if document["hazards"] else "hazards: none\n")
     print_table(
         ("parameter", "shape", "dtype", "size"),
@@ -137,6 +166,36 @@ def _print_tables(document: dict[str, Any]) -> None:
             for p in document["parameters"]
         ],
     )
+    _print_costs(document["costs"])
+
+
+def _spell_keys(row: dict[str, Any]) -> str:
+    """`dropout: 4 keys over scan:layers; params: 1 key, shared`."""
+    parts = []
+    for stream in row["streams"]:
+        count = "unknown" if stream["keys"] is None else f"{stream['keys']:,}"
+        word = "key" if stream["keys"] == 1 else "keys"
+        over = f" over {row['axis']}" if stream["rule"] == "split" else ""
+        rule = "" if over or stream["rule"] == "passed" else f", {stream['rule']}"
+        parts.append(f"{stream['stream']}: {count} {word}{over}{rule}")
+    return "; ".join(parts)
+
+
+def _print_costs(costs: dict[str, Any] | None) -> None:
+    if costs is None:
+        return
+    print()
+    print_table(
+        ("program", "FLOPs", "bytes accessed", "memory", "temporary"),
+        [
+            (name, *(_spell_count(v) for v in row.values()))
+            for name, row in costs.items()
+        ],
+    )
+
+
+def _spell_count(value: int | None) -> str:
+    return "unknown" if value is None else f"{value:,}"
 
 
 def _derivation(rows: list[dict[str, Any]] | None) -> str:

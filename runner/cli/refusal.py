@@ -4,6 +4,7 @@
 import re
 from typing import Any
 
+from runner import CONF_DIR
 from runner.errors import ConfigError, RunnerError, did_you_mean
 
 __all__ = ["refusal_of"]
@@ -54,7 +55,7 @@ def refusal_of(error: Exception, args: list[str]) -> RunnerError:
 
 def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:
     group = options.group(1)
-    choices = sorted(options.group(2).split())
+    choices = sorted({*options.group(2).split(), *_nested(group)})
     found = _CHOICE.search(text)
     got = found.group(1).removeprefix(f"{group}/") if found else ""
     return ConfigError(
@@ -64,6 +65,13 @@ def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:
         allowed=f"Choices: {', '.join(choices)}",
         fix=did_you_mean(got, choices),
     )
+
+
+def _nested(group: str) -> list[str]:
+    """Our choices in folders of a group, which Hydra leaves out of its list."""
+    folder = CONF_DIR / group
+    files = (file.relative_to(folder) for file in folder.glob("*/**/*.yaml"))
+    return [file.with_suffix("").as_posix() for file in files]
 
 
 def _unknown_key(path: str, args: list[str]) -> ConfigError:

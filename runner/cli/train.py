@@ -27,7 +27,7 @@ from runner.errors import RunFailedError, RunnerError
 
 if TYPE_CHECKING:
     from runner.hazards import Hazard
-    from runner.program import Program
+    from runner.program import Compiled
 
 __all__ = ["Prepared", "main", "prepare"]
 
@@ -44,7 +44,7 @@ class Prepared:
     """A run that was checked in every respect, and not begun."""
 
     composed: Composed
-    program: "Program"
+    program: "Compiled"
     hazards: "tuple[Hazard, ...]"
 
 

@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-__all__ = ["EvalRecord", "RunEnd", "RunStart", "StreamRow", "TrainRecord"]
+__all__ = [
+    "EvalRecord",
+    "KeyRow",
+    "Outputs",
+    "RunEnd",
+    "RunStart",
+    "StreamRow",
+    "TrainRecord",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,20 @@ class StreamRow:
 
 
 @dataclass(frozen=True)
+class KeyRow:
+    """One key, as a table shows it; cells are words, the step may be empty."""
+
+    phase: str
+    step: str
+    stream: str
+    path: str
+    call: str
+    index: str
+    key: str
+    draws: str
+
+
+@dataclass(frozen=True)
 class RunStart:
     """What is known before step 0.
 
@@ -52,6 +74,7 @@ class RunStart:
         first_step: The step about to run: 0, or where a resumed run goes on.
         objective: Metric that counts.
         notes: Facts worth a line: platform, guarantee, construct of the loop, ...
+        keys: What a probe draws from, a row for each key.
     """
 
     directory: Path
@@ -64,6 +87,7 @@ class RunStart:
     objective: str
     first_step: int = 0
     notes: Mapping[str, str] = field(default_factory=dict)
+    keys: tuple[KeyRow, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,6 +113,13 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class Outputs:
+    """What came out of a probe, by flat names: `output`, `variables/params/...`."""
+
+    arrays: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
 class RunEnd:
     """How the run ended.
 
@@ -100,6 +131,9 @@ class RunEnd:
         metrics: Last value of each metric, as `train/loss`, `eval/accuracy`.
         best: Best value of the objective, and the step it belongs to; or None.
         ledger: Directory of the key ledger.
+        outputs: What came out of a probe; None for a run that trains.
+        observed: How the keys of the running program compare with the ledger, in
+            words; empty where they were not observed.
     """
 
     status: str
@@ -109,3 +143,5 @@ class RunEnd:
     metrics: Mapping[str, float]
     best: tuple[float, int] | None
     ledger: Path
+    outputs: Outputs | None = None
+    observed: str = ""

@@ -65,11 +65,11 @@ def _claim_exactly(path: Path, field: str) -> Path:
         return path
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces a file as a whole: readers see the old text or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces a file as a whole: readers see the old content or the new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with new.open("w", encoding="utf-8") as stream:
-        stream.write(text)
+    with new.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
         stream.flush()
         os.fsync(stream.fileno())
     new.replace(path)

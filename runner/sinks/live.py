@@ -43,6 +43,8 @@ class LiveSink:
         self.console.print(_summary(run))
         if run.streams:
             self.console.print(_streams(run), "")
+        if run.keys:
+            self.console.print(_table(text.KEY_COLUMNS, text.key_rows(run)), "")
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -81,6 +83,9 @@ class LiveSink:
         self._progress.stop()
         for handler, stream in self._moved:
             handler.setStream(stream)
+        if end.outputs is not None:
+            rows = text.output_rows(end.outputs)
+            self.console.print(_table(text.OUTPUT_COLUMNS, rows), "")
         self.console.print(_results(self._run, end))
 
 
@@ -107,10 +112,14 @@ def _summary(run: RunStart) -> Panel:
 
 
 def _streams(run: RunStart) -> Table:
+    return _table(text.STREAM_COLUMNS, text.stream_rows(run, between="\n"))
+
+
+def _table(columns: Iterable[str], rows: Iterable[tuple[str, ...]]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for name in text.STREAM_COLUMNS:
+    for name in columns:
         table.add_column(name, overflow="fold", no_wrap=name in _NEVER_WRAPPED)
-    _fill(table, text.stream_rows(run, between="\n"))
+    _fill(table, rows)
     return table
 
 

@@ -41,6 +41,8 @@ class PlainSink:
             self._say(
                 "", *text.align([text.STREAM_COLUMNS, *text.stream_rows(run)]), ""
             )
+        if run.keys:
+            self._say(*text.align([text.KEY_COLUMNS, *text.key_rows(run)]), "")
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """A line for each evaluation; now and then one for progress."""
@@ -57,7 +59,10 @@ class PlainSink:
             self._say("  ".join(filter(None, self._progress(record, step, now))))
 
     def finish(self, end: RunEnd) -> None:
-        """Says how it ended."""
+        """Says what came out, and how it ended."""
+        if end.outputs is not None:
+            rows = [text.OUTPUT_COLUMNS, *text.output_rows(end.outputs)]
+            self._say(*text.align(rows))
         self._say("", *text.align(text.result_rows(self._run, end)))
 
     def _progress(self, record: TrainRecord, step: int, now: float) -> Iterable[str]:

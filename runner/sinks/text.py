@@ -8,22 +8,32 @@ can't move the cursor, retitle the window or turn text around.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from runner.records.events import RunEnd, RunStart
+import numpy as np
+
+from runner.records.events import Outputs, RunEnd, RunStart
 
 __all__ = [
+    "KEY_COLUMNS",
+    "OUTPUT_COLUMNS",
     "STREAM_COLUMNS",
     "align",
     "clean",
     "format_duration",
     "format_metrics",
     "format_rate",
+    "key_rows",
+    "output_rows",
     "result_rows",
     "stream_rows",
     "summary_rows",
 ]
 
 STREAM_COLUMNS = ("stream", "kind", "derivation", "key", "phases", "per", "draws")
+KEY_COLUMNS = ("phase", "step", "stream", "path", "call", "index", "key", "draws")
+OUTPUT_COLUMNS = ("output", "dtype", "shape", "values")
 _DRAWS_SHOWN = 3
+_VALUES_SHOWN = 24
+_EDGE = 3  # values shown at each end of an array that is longer
 
 Row = tuple[str, str]
 
@@ -69,14 +79,15 @@ def format_metrics(metrics: Mapping[str, Any]) -> str:
 def summary_rows(run: RunStart) -> list[Row]:
     """What the run is, a name and a value a row."""
     config = run.config
-    steps = f"{run.steps:,}"
+    steps = f"{run.steps:,}" if run.steps else ""
+    optimizer = _target(config.get("optimizer"), "learning_rate")
     rows = [
         ("experiment", run.experiment),
         ("run", run.run_id),
         ("model", _target(config.get("model"))),
-        ("data", _named(config.get("data"), "batch_size")),
+        ("data", _data(config.get("data"))),
         ("task", _named(config.get("task"))),
-        ("optimizer", _target(config.get("optimizer"), "learning_rate")),
+        ("optimizer", optimizer if run.steps else ""),
         ("seed", config.get("seed")),
         ("steps", f"{run.first_step:,} to {steps}" if run.first_step else steps),
         ("parameters", f"{run.parameters:,}"),
@@ -95,15 +106,40 @@ def stream_rows(run: RunStart, *, between: str = ", ") -> list[tuple[str, ...]]:
     return rows
 
 
+def key_rows(run: RunStart) -> list[tuple[str, ...]]:
+    """A row for each key of a probe, under `KEY_COLUMNS`."""
+    return [
+        tuple(clean(getattr(row, name)) for name in KEY_COLUMNS) for row in run.keys
+    ]
+
+
+def output_rows(outputs: Outputs) -> list[tuple[str, ...]]:
+    """A row for each array, under `OUTPUT_COLUMNS`; of a long one, its ends."""
+    return [
+        (clean(name), str(array.dtype), str(list(array.shape)), _shown(array))
+        for name, array in outputs.arrays.items()
+    ]
+
+
+def _shown(array: np.ndarray) -> str:
+    """`[[1 2] [3 4]]` on one line; of many values the ends, without their rows."""
+    if array.size > _VALUES_SHOWN:
+        array = array.reshape(-1)
+    with np.printoptions(threshold=_VALUES_SHOWN, edgeitems=_EDGE, linewidth=10**6):
+        line = " ".join(str(array).split())
+    return line.replace("[ ", "[").replace(" ]", "]")
+
+
 def result_rows(run: RunStart, end: RunEnd) -> list[Row]:
     """How the run ended, a name and a value a row."""
     taken = end.steps - run.first_step
     status = f"{end.status}: {end.reason}" if end.reason else end.status
     rows = [
         ("status", status),
-        ("steps", f"{end.steps:,} of {run.steps:,}"),
+        ("steps", f"{end.steps:,} of {run.steps:,}" if run.steps else ""),
         ("time", format_duration(end.seconds)),
         ("speed", format_rate(taken, end.seconds)),
+        ("observed", end.observed),
         *((name, f"{value:.6g}") for name, value in end.metrics.items()),
     ]
     if end.best is not None:
@@ -114,6 +150,11 @@ def result_rows(run: RunStart, end: RunEnd) -> list[Row]:
 
 def _named(node: Any, *fields: str) -> str:
     return _described(node, "name", fields)
+
+
+def _data(node: Any) -> str:
+    shown = _named(node, "batch_size")
+    return "" if shown == "none" else shown
 
 
 def _target(node: Any, *fields: str) -> str:
