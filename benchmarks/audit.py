@@ -20,10 +20,10 @@ from omegaconf import OmegaConf, open_dict
 
 from benchmarks.loop import print_machine
 from benchmarks.tables import print_table
-from runner import audit
+from runner.audit import trace as audit
 from runner.cli.config import compose
 from runner.compile import compile_run
-from runner.hazards import find_hazards
+from runner.hazards.find import find_hazards
 from runner.ledger import make_ledger
 from runner.spec import RunSpec, parse_spec
 

@@ -22,7 +22,7 @@ from benchmarks.by_hand import leaf_bytes
 from benchmarks.cases import CASES, Case, make_spec, write_images
 from benchmarks.loop import print_machine
 from benchmarks.tables import print_table
-from runner.comparison import Comparison
+from runner.comparison.compare import Comparison
 from runner.compile import compile_run
 from runner.ledger import make_ledger
 from runner.loop import Outcome, train

@@ -2,7 +2,7 @@
 """Plain trees of `_target_` nodes to Flax modules and optax transforms.
 
     {_target_: a.b.C, _args_: [...], _partial_: true, key: value, ...}
-    {lift: scan, name: layers, module: {_target_: ...}, ...}    see `runner.lift`
+    {lift: scan, name: layers, module: {_target_: ...}, ...}    see `runner.lift.build`
 
 A node's other keys are the arguments of what it names, nested nodes built first;
 `_args_` are positional ones, `_partial_` binds instead of calling. Lists become
@@ -26,7 +26,7 @@ import numpy as np
 from flax import linen as nn
 
 from runner.errors import TargetError, did_you_mean
-from runner.lift import build_lift
+from runner.lift.build import build_lift
 from runner.targets import NEEDS_VALUE, Target, Use, first_line, resolve_target
 
 if typing.TYPE_CHECKING:

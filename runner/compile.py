@@ -8,15 +8,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from runner.audit import Trace
+from runner.audit.trace import Trace
 from runner.data import BatchOrder, Dataset, load_data
-from runner.declared import make_arrays
 from runner.errors import ConfigError, RunnerError
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys, rng_flags
-from runner.lift_fields import check_collections, check_streams
+from runner.lift.fields import check_collections, check_streams
 from runner.model import Model, split_variables, trace_model
-from runner.probe import Probe, trace_probe
+from runner.probe.declared import make_arrays
+from runner.probe.probe import Probe, trace_probe
 from runner.program import Program, build_run_optimizer, eval_rows, hyper_shapes
 from runner.spec import NoDataSpec, Phase, ProbeSpec, RunSpec, StreamKind
 from runner.targets import NEEDS_VALUE, first_line

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from runner.audit import Draw
+from runner.audit.trace import Draw
 from runner.errors import ConfigError
 from runner.keys import (
     base_key_words,

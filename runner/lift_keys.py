@@ -3,8 +3,8 @@
 
 from typing import Any
 
-from runner.draw_places import Place, find_places
-from runner.lifted import Crossing, Rule
+from runner.audit.lifted import Crossing, Rule
+from runner.hazards.places import Place, find_places
 from runner.program import Compiled
 
 __all__ = ["count_lift_keys"]

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from runner.observe import Observation
+from runner.observe.observe import Observation
 from runner.program import Construct, Program
 from runner.records.events import EvalRecord, TrainRecord
 from runner.spec import Phase

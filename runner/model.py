@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Key, PyTree
 
-from runner.audit import Trace, trace_draws
+from runner.audit.trace import Trace, trace_draws
 from runner.build import build_module
 from runner.errors import ConfigError, RunnerError
 from runner.hypers import insert_hypers
@@ -141,7 +141,7 @@ def trace_phase(
     """Traces `function(rngs, x, ...)` with the streams that the phase is given.
 
     An evaluation is given a stream that its model asks for, also where `phases`
-    leaves it out; `runner.hazards` warns of it.
+    leaves it out; `runner.hazards.find` warns of it.
 
     Raises: as `trace_model`.
     """

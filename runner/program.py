@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from runner.audit import Trace
+from runner.audit.trace import Trace
 from runner.build import build_optimizer
 from runner.chunk import make_loop, make_single, take_rows
 from runner.data import BatchOrder, Dataset
@@ -29,7 +29,7 @@ from runner.keys import (
     rng_flags,
 )
 from runner.model import Model, split_variables
-from runner.observe import Observation, observe
+from runner.observe.observe import Observation, observe
 from runner.spec import Coordinate, Phase, RunSpec
 from runner.step import Batch, Parts, State, make_eval_step, make_step
 from runner.tasks import make_task
@@ -80,7 +80,7 @@ class Sizes:
 class Compiled(Protocol):
     """What the plan, the ledger, the hazards and the record know of a run.
 
-    A `Program` trains; a `runner.probe.Probe` calls its model with declared arrays.
+    A `Program` trains; a `Probe` calls its model with declared arrays.
     """
 
     @property

@@ -15,15 +15,15 @@ import numpy as np
 import yaml
 
 from runner import __version__
-from runner.comparison import Comparison
+from runner.comparison.compare import Comparison
 from runner.guarantee import guarantee_of
-from runner.hazards import Hazard
+from runner.hazards.find import Hazard
 from runner.keys import draw_canary, rng_flags
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
 from runner.parse import to_plain
-from runner.probe import Probe
-from runner.probe_loop import Event, key_rows, run_probe
+from runner.probe.loop import Event, key_rows, run_probe
+from runner.probe.probe import Probe
 from runner.program import Compiled, Program
 from runner.records.arrays import write_arrays
 from runner.records.checkpoint import Checkpoints

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 import optax
 
-from runner.audit import Draw, Trace, trace_draws
+from runner.audit.marks import OPTIMIZER, mark_module
+from runner.audit.trace import Draw, Trace, trace_draws
 from runner.errors import ConfigError, RunnerError
 from runner.keys import key_shape, rng_flags
-from runner.places import OPTIMIZER, mark_module
 from runner.program import (
     Program,
     build_run_optimizer,

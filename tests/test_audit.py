@@ -23,7 +23,7 @@ from jax.extend.core import ClosedJaxpr, Literal, primitives
 from jax.interpreters.partial_eval import dce_jaxpr
 from runner.models import MLP, Dropout, Noise, Variable
 
-from runner.audit import NOT_THERE, Draw, Missing, Trace, Use, trace_draws
+from runner.audit.trace import NOT_THERE, Draw, Missing, Trace, Use, trace_draws
 from runner.keys import Op, derive_key, key_words
 
 Words = tuple[int, ...]

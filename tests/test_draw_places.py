@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_meet import SIZES, derivations
 
-import runner.draw_places
-from runner.audit import Draw, Use
+import runner.hazards.places
+from runner.audit.lifted import Rule
+from runner.audit.trace import Draw, Use
 from runner.compile import compile_run
-from runner.draw_places import Place, find_places, pairs_that_may_meet
-from runner.lifted import Rule
-from runner.meet import SplitRule, link_ops, meet
+from runner.hazards.meet import SplitRule, link_ops, meet
+from runner.hazards.places import Place, find_places, pairs_that_may_meet
 from runner.ops import Affine, Op
 from runner.spec import Coordinate, Phase
 
@@ -91,7 +91,7 @@ def test_sizes_are_those_of_the_whole_run(program: Any) -> None:
     (sizes,) = {tuple(p.sizes.items()) for p in places if p.phase is Phase.TRAIN}
     epochs = -(-50 // program.sizes.steps_per_epoch)
     assert dict(sizes) == {"step": 50, "epoch": epochs, "microbatch": 4}
-    after = runner.draw_places._sizes(program, Phase.EVAL)
+    after = runner.hazards.places._sizes(program, Phase.EVAL)
     batches = program.sizes.eval_batches
     assert batches > 1
     assert (after["step"], after["microbatch"]) == (51, batches)

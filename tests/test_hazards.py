@@ -20,7 +20,7 @@ from conftest import ROOT
 from runner import CONF_DIR
 from runner.compile import compile_run
 from runner.errors import HazardsRefusedError
-from runner.hazards import Hazard, Severity, find_hazards, refuse_hazards
+from runner.hazards.find import Hazard, Severity, find_hazards, refuse_hazards
 from runner.spec import parse_spec
 
 SHUFFLE = {"kind": "host", "per": ["epoch"]}

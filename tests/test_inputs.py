@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runner.declared import draw_arrays, host_uses, list_legacy_draws, make_arrays
 from runner.errors import ConfigError
 from runner.inputs import InputSpec, check_input
 from runner.keys import derive_base_keys, plan_keys
 from runner.parse import build_dataclass, to_plain
+from runner.probe.declared import draw_arrays, host_uses, list_legacy_draws, make_arrays
 from runner.spec import ProbeSpec, RngSpec
 
 STREAMS = {

@@ -18,7 +18,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr
 from runner.models import Dropout, Noise, Sequential
 from test_audit import consumed
 
-from runner.audit import trace_draws
+from runner.audit.trace import trace_draws
 from runner.compile import compile_run
 from runner.keys import derive_key, rng_flags
 from runner.ledger import (

@@ -32,7 +32,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from runner.build import build_module
 from runner.errors import TargetError
-from runner.lift_fields import KINDS
+from runner.lift.fields import KINDS
 from runner.parse import freeze
 
 PACKAGE = "lab_of_test_lift"

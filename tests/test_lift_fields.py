@@ -14,7 +14,7 @@ import pytest
 
 from runner.build import build_module
 from runner.errors import ConfigError, TargetError, UnknownStreamError
-from runner.lift_fields import check_collections, check_streams
+from runner.lift.fields import check_collections, check_streams
 from runner.parse import freeze
 
 PACKAGE = "lab_of_test_lift_fields"

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from runner.audit import Missing, Trace, trace_draws
-from runner.lifted import Crossing, Rule
+from runner.audit.lifted import Crossing, Rule
+from runner.audit.trace import Missing, Trace, trace_draws
 
 X = jax.ShapeDtypeStruct((3, 2), jnp.float32)
 KEY = jax.eval_shape(lambda: jax.random.key(0))

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import runner.meet
+import runner.hazards.meet
+from runner.hazards.meet import Link, SplitRule, is_distinct, link_ops, meet, split_rule
+from runner.hazards.numbers import Number
 from runner.keys import derive_key
-from runner.meet import Link, SplitRule, is_distinct, link_ops, meet, split_rule
-from runner.numbers import Number
 from runner.ops import Affine, Op
 from runner.spec import Coordinate, Impl, RngSpec
 
@@ -228,8 +228,8 @@ def test_each_of_its_keys_is_met_and_no_other(a: Any, data: Any) -> None:
 def test_beyond_what_is_tried_nothing_is_missed(a: Any, b: Any) -> None:
     first, second = (keys(ops, Impl.THREEFRY2X32, True) for ops in (a, b))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.meet, "_MOST_TURNS", 0)
-        patch.setattr(runner.meet, "_MOST_CASES", 0)
+        patch.setattr(runner.hazards.meet, "_MOST_TURNS", 0)
+        patch.setattr(runner.hazards.meet, "_MOST_CASES", 0)
         links = chain(a, SplitRule.FOLD), chain(b, SplitRule.FOLD)
         if {*first} & {*second}:
             assert meet(*links)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from runner.audit import NOT_THERE
+from runner.audit.trace import NOT_THERE
 from runner.errors import ConfigError, RunnerError
 from runner.keys import derive_base_keys, plan_keys
 from runner.model import Model, split_variables, trace_model

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import runner.numbers
-from runner.numbers import Number, is_injective, make_number, overlap, share_two
+import runner.hazards.numbers
+from runner.hazards.numbers import Number, is_injective, make_number, overlap, share_two
 from runner.ops import Affine
 from runner.spec import Coordinate
 
@@ -66,7 +66,7 @@ def test_injective_when_all_values_differ(number: Number) -> None:
 @settings(max_examples=200, deadline=None, derandomize=True)
 def test_beyond_what_is_tried_nothing_is_missed(a: Number, b: Number) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner.numbers, "_MOST_TRIED", 0)
+        patch.setattr(runner.hazards.numbers, "_MOST_TRIED", 0)
         if len(np.intersect1d(values(a), values(b))):
             assert overlap(a, b)
         if len(np.intersect1d(values(a), values(b))) > 1:

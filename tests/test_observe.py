@@ -26,20 +26,20 @@ from flax.core.scope import Scope
 from jax.sharding import PartitionSpec as P
 from test_audit import consumed
 
-from runner.comparison import Comparison
+from runner.audit.walk import Use
+from runner.comparison.compare import Comparison
+from runner.comparison.planned import PlannedKeys
 from runner.compile import compile_run
 from runner.keys import derive_key, rng_flags
 from runner.ledger import expand, make_ledger, rng_of
 from runner.loop import Outcome, train
-from runner.observe import Observation, observe, split_places
-from runner.planned import PlannedKeys
+from runner.observe.observe import Observation, observe, split_places
+from runner.observe.rewrite import Hidden, Place
 from runner.program import Construct, Program
 from runner.recording import record_run
 from runner.records.events import EvalRecord, TrainRecord
 from runner.records.secrets import Secrets
-from runner.rewrite import Hidden, Place
 from runner.spec import Phase, parse_spec
-from runner.walk import Use
 
 Words = tuple[int, ...]
 X = jnp.linspace(-1.0, 1.0, 8).reshape(2, 4)

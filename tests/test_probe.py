@@ -31,7 +31,7 @@ import yaml
 from runner import CONF_DIR
 from runner.compile import compile_run
 from runner.errors import RunnerError
-from runner.hazards import find_hazards, refuse_hazards
+from runner.hazards.find import find_hazards, refuse_hazards
 from runner.ledger import make_ledger
 from runner.parse import to_plain
 from runner.recording import record_run
@@ -795,7 +795,7 @@ def test_live_terminal_shows_them_too(probe: Probe) -> None:
     from rich.console import Console
 
     from runner.ledger import stream_rows
-    from runner.probe_loop import key_rows
+    from runner.probe.loop import key_rows
     from runner.records.events import Outputs, RunEnd, RunStart
     from runner.sinks.live import LiveSink
 
@@ -819,7 +819,7 @@ def test_live_terminal_shows_them_too(probe: Probe) -> None:
 
 
 def test_long_arrays_are_cut_and_many_keys_counted(make_spec: Any) -> None:
-    from runner.probe_loop import key_rows
+    from runner.probe.loop import key_rows
     from runner.records.events import Outputs
     from runner.sinks.text import output_rows
 

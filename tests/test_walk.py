@@ -39,10 +39,10 @@ from test_audit import (
     zeros_of,
 )
 
-from runner.audit import Trace, _mark_modules, trace_draws
+from runner.audit.trace import Trace, _mark_modules, trace_draws
+from runner.audit.walk import walk_jaxpr
 from runner.keys import derive_key, key_words
 from runner.ops import Affine, Op, bind_ops
-from runner.walk import walk_jaxpr
 
 P = jax.sharding.PartitionSpec
 X = jnp.linspace(-1.0, 1.0, 12).reshape(3, 4)
@@ -917,13 +917,15 @@ def test_drawn_words_that_a_loop_carries() -> None:
 
     def function(key: Any) -> Any:
         def body(words: Any, k: Any) -> Any:
-            return jax.random.bits(k, (2,)), None
+            drawn = bits(jax.random.wrap_key_data(words))
+            return jax.random.bits(k, (2,)), drawn
 
-        words, _ = lax.scan(body, TABLE_OF_WORDS, split(key, 3))
-        return bits(jax.random.wrap_key_data(words))
+        words, drawn = lax.scan(body, TABLE_OF_WORDS, split(key, 3))
+        return drawn, bits(jax.random.wrap_key_data(words))
 
-    draw = trace_draws(noise(function), make_rngs("noise")).draws[-1]
-    assert draw.untraced == "another draw's output"
+    trace = trace_draws(noise(function), make_rngs("noise"))
+    lost = [draw.untraced for draw in trace.draws if draw.untraced]
+    assert lost == ["another draw's output"] * 2
 
 
 def test_words_that_are_changed_keep_their_stream() -> None:
@@ -1309,7 +1311,7 @@ SHARED = nn.jit(RawInside)
 
 @pytest.mark.parametrize("traced_before", [False, True])
 def test_a_trace_that_modules_share(traced_before: bool) -> None:
-    """Its marks are of the module that was traced first; a fork says whose it is now."""
+    """Its marks are of the module that came first; a fork says whose it is now."""
 
     @model
     def net(self: Any, args: Any) -> Any:
@@ -1324,15 +1326,15 @@ def test_a_trace_that_modules_share(traced_before: bool) -> None:
     if traced_before:
         jax.make_jaxpr(function)(*given_)
     with _mark_modules():
-        closed = jax.make_jaxpr(function)(*given_)
+        closed = jax.make_jaxpr(functools.partial(function))(*given_)
     draws, _ = walk_jaxpr(closed.jaxpr, streams=["noise", "params"])
     bodies = {id(e.params["jaxpr"]) for e in closed.eqns if e.primitive.name == "jit"}
     assert len(bodies) == 1
-    assert [(draw.path, draw.call) for draw in draws] == [
-        (("low", "Dense_0"), 1),
-        (("low", "inner"), None),
-        (("high", "Dense_0"), 1),
-        (("high", "inner"), None),
+    assert [draw.path for draw in draws] == [
+        ("low", "Dense_0"),
+        ("low", "inner"),
+        ("high", "Dense_0"),
+        ("high", "inner"),
     ]
 
 
@@ -1451,6 +1453,20 @@ def test_two_splits_at_one_place_have_two_names() -> None:
         "vmap",
         "vmap",
     ]
+
+
+def test_names_of_axes_in_one_draw_differ() -> None:
+    """Two dimensions that other draws call the same."""
+
+    def function(rngs: Any) -> Any:
+        count, keys = jnp.arange(3), split(rngs["dropout"], 3)
+        low = jax.vmap(lambda i: bits(fold_in(rngs["noise"], i)))(count)
+        row = jax.vmap(lambda k, i: bits(fold_in(k, i)), in_axes=(None, 0))
+        return low, all_bits(keys), jax.vmap(row, in_axes=(0, None))(keys, count)
+
+    first, second, both = check(function).draws
+    assert first.axes == second.axes == (("vmap", 3),)
+    assert both.axes == (("vmap", 3), ("vmap#2", 3))
 
 
 def test_a_gradient_of_flax() -> None:

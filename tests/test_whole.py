@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from runner.audit import Draw
+from runner.audit.trace import Draw
 from runner.compile import compile_run
 from runner.errors import ConfigError
-from runner.hazards import find_hazards
+from runner.hazards.find import find_hazards
 from runner.keys import rng_flags
 from runner.ledger import make_ledger
 from runner.model import Model, trace_model

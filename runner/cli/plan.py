@@ -57,7 +57,7 @@ def _document(program: "Compiled") -> dict[str, Any]:
     import jax
 
     from runner.guarantee import guarantee_of
-    from runner.hazards import find_hazards
+    from runner.hazards.find import find_hazards
     from runner.ledger import make_ledger
     from runner.lift_keys import count_lift_keys
 
@@ -94,7 +94,7 @@ def _document(program: "Compiled") -> dict[str, Any]:
 def _costs(program: "Compiled", document: dict[str, Any]) -> dict[str, Any] | None:
     """What the compiler estimates; None for a program that can't be compiled."""
     from runner.costs import estimate_costs
-    from runner.hazards import find_hazards
+    from runner.hazards.find import find_hazards
     from runner.platforms import set_compile_cache
 
     if any(hazard.is_fatal for hazard in find_hazards(program)):

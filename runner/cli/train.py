@@ -26,7 +26,7 @@ from runner.cli.refusal import refusal_of
 from runner.errors import RunFailedError, RunnerError
 
 if TYPE_CHECKING:
-    from runner.hazards import Hazard
+    from runner.hazards.find import Hazard
     from runner.program import Compiled
 
 __all__ = ["Prepared", "main", "prepare"]
@@ -90,7 +90,7 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
     """
     composed = read_composed(config, choices=choices)
     from runner.compile import compile_run
-    from runner.hazards import find_hazards, refuse_hazards
+    from runner.hazards.find import find_hazards, refuse_hazards
     from runner.platforms import set_compile_cache
     from runner.sinks.base import make_sinks
 

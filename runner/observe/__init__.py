@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The keys of a compiled program as it runs, as extra outputs."""

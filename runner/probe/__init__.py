@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`task: probe`: a model that is called with declared arrays."""

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A probe: the model called with declared arrays, and all that comes out.
+
+    arrays    = declared; those of a jax stream are drawn from its key
+    variables = model.init(every stream, *inputs)                   in eval mode
+    output    = model.apply(variables, *inputs, rngs of step 0)     in `task.mode`
+
+With `task.loss`, `train.steps` updates come between (`runner.step`, as in training),
+each with the keys of its step, and the output is that of the last evaluation.
+"""
+
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runner.audit.trace import Trace
+from runner.keys import KeyPlan, derive_base_keys, make_rngs, rng_flags
+from runner.model import Model, split_variables, trace_phase
+from runner.observe.observe import observe
+from runner.probe.declared import draw_arrays, host_uses, list_legacy_draws
+from runner.program import Construct, Sizes, build_run_optimizer
+from runner.records.digests import digest_leaves
+from runner.spec import Coordinate, Phase, ProbeSpec, RunSpec
+from runner.step import Batch, Parts, State, make_step
+from runner.tasks import make_task
+
+__all__ = ["Probe", "trace_probe"]
+
+
+class Calls(NamedTuple):
+    """The compiled programs of a probe.
+
+    Each returns beside its result an `Observation` of the keys that were drawn from;
+    None unless `rng.observe` asks for it.
+
+    Args:
+        setup: (seeds, arrays) to (the state, the batch, the base keys).
+        update: (state, batch, keys) to (the next state, metrics); None where nothing
+            is updated.
+        call: (state, batch, keys) to (the outputs, the loss or None).
+    """
+
+    setup: Callable[..., tuple[tuple[State, Batch, dict[str, Any]], Any]]
+    update: Callable[..., tuple[tuple[State, dict[str, Any]], Any]] | None
+    call: Callable[..., tuple[tuple[Any, Any], Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A probe, as a value.
+
+    Args:
+        spec: What was asked for.
+        task: Its `task`.
+        plan: Resolved streams.
+        model: How the model is called.
+        arrays: Declared arrays, targets last; zeros for those of a jax stream.
+        constants: Numbers that would be inputs of a program that trains, by config
+            path. Here they are constants, as in a program by hand: XLA folds them
+            into others nearby, which rounds otherwise.
+        traces: What is drawn in each phase.
+    """
+
+    spec: RunSpec
+    task: ProbeSpec
+    plan: KeyPlan
+    model: Model
+    arrays: tuple[np.ndarray, ...]
+    constants: Mapping[str, float]
+    traces: Mapping[Phase, Trace]
+
+    @property
+    def hypers(self) -> dict[str, float]:
+        """Numbers that enter the program: none."""
+        return {}
+
+    @property
+    def baked(self) -> tuple[str, ...]:
+        """Config paths of the constants."""
+        return tuple(self.constants)
+
+    @property
+    def steps(self) -> int:
+        """Number of updates."""
+        return self.spec.train.steps if self.task.loss else 0
+
+    @property
+    def phase(self) -> Phase:
+        """The phase of the call whose output is kept."""
+        is_eval = self.task.loss is not None or self.task.mode == "eval"
+        return Phase.EVAL if is_eval else Phase.TRAIN
+
+    @property
+    def sizes(self) -> Sizes:
+        """How many values each coordinate takes; a call without updates is step 0."""
+        calls = self.steps or int(self.phase is Phase.TRAIN)
+        return Sizes(steps=calls, eval_every=self.spec.eval.every)
+
+    @property
+    def coordinates(self) -> dict[Phase, frozenset[Coordinate]]:
+        """The coordinates that each phase has; a step takes all there is: an epoch."""
+        called = frozenset({Coordinate.STEP, Coordinate.EPOCH})
+        return {Phase.INIT: frozenset(), Phase.TRAIN: called, Phase.EVAL: called}
+
+    @property
+    def host_uses(self) -> dict[str, tuple[str, ...]]:
+        """Config paths that draw from each host stream."""
+        return host_uses(self.task, self.plan)
+
+    @property
+    def construct(self) -> Construct:
+        """One call after the other."""
+        return Construct.CALL
+
+    @cached_property
+    def initial(self) -> State:
+        """Shapes and dtypes of the state."""
+        return self._shapes[0]
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable scalars."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.initial.params))
+
+    @property
+    def data_digest(self) -> str:
+        """SHA-256 hex of the arrays that are made on the host."""
+        names = self.task.arrays
+        return digest_leaves(dict(zip(names, self.arrays, strict=True)))
+
+    @property
+    def programs(self) -> dict[str, Any]:
+        """The compiled programs, by name."""
+        return {name: call for name, call in self.calls._asdict().items() if call}
+
+    def start(self) -> tuple[tuple[State, Batch, dict[str, Any]], Any]:
+        """The state before step 0, the arrays, the base keys; and what was observed."""
+        seeds = {name: np.uint32(s.seed) for name, s in self.plan.streams.items()}
+        return self.calls.setup(seeds, self.arrays)
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The programs, compiled beside each other when first asked for."""
+        args = self._shapes
+        with rng_flags(self.spec.rng):  # they count while a program is traced
+            lowered = [
+                self._jit(_make_setup(self)).lower(self._seeds, self.arrays),
+                self._jit(_make_update(self)).lower(*args) if self.steps else None,
+                self._jit(_make_call(self)).lower(*args),
+            ]
+        with ThreadPoolExecutor() as pool:
+            return Calls(*pool.map(lambda each: each and each.compile(), lowered))
+
+    def _jit(self, function: Callable[..., Any]) -> Any:
+        if self.spec.rng.observe:
+            return jax.jit(observe(function))
+        return jax.jit(lambda *args: (function(*args), None))
+
+    @property
+    def _seeds(self) -> dict[str, jax.ShapeDtypeStruct]:
+        seed = jax.ShapeDtypeStruct((), jnp.uint32)
+        return dict.fromkeys(self.plan.streams, seed)
+
+    @cached_property
+    def _shapes(self) -> tuple[State, Batch, dict[str, Any]]:
+        with rng_flags(self.spec.rng):
+            shapes: tuple[State, Batch, dict[str, Any]]
+            shapes = jax.eval_shape(_make_setup(self), self._seeds, self.arrays)
+        return shapes
+
+
+def trace_probe(
+    task: ProbeSpec,
+    *,
+    plan: KeyPlan,
+    model: Model,
+    arrays: tuple[np.ndarray, ...],
+    constants: Mapping[str, float],
+) -> dict[Phase, Trace]:
+    """Traces the phases that a probe has; runs nothing.
+
+    Raises: as `runner.model.trace_model`.
+    """
+    seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
+    keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
+    trace = partial(trace_phase, plan=plan, keys=keys)
+    inputs = arrays[: len(task.inputs)]
+
+    def init(rngs: Any, _: Any, arrays: Any) -> Any:
+        drawn = draw_arrays(task, plan, keys=rngs, arrays=arrays)
+        return model.init(rngs, drawn[: len(task.inputs)], constants), drawn
+
+    def call(train: bool) -> Any:
+        return lambda rngs, x, v: model.apply(v, x, rngs, constants, train=train)
+
+    first = trace(Phase.INIT, init, inputs, arrays)
+    variables, _ = first.outputs
+    draws = (*first.draws, *list_legacy_draws(task))
+    found = {Phase.INIT: replace(first, draws=draws, outputs=variables)}
+    if task.mode == "train":
+        found[Phase.TRAIN] = trace(Phase.TRAIN, call(train=True), inputs, variables)
+    if task.mode == "eval" or task.loss is not None:
+        found[Phase.EVAL] = trace(Phase.EVAL, call(train=False), inputs, variables)
+    return found
+
+
+def _make_setup(probe: Probe) -> Callable[..., tuple[State, Batch, dict[str, Any]]]:
+    task, constants = probe.task, probe.constants
+
+    def setup(seeds: Any, arrays: Any) -> Any:
+        base = derive_base_keys(probe.plan, seeds=seeds)
+        drawn = draw_arrays(task, probe.plan, keys=base, arrays=arrays)
+        inputs, targets = drawn[: len(task.inputs)], drawn[len(task.inputs) :]
+        variables = probe.model.init(base, inputs, constants)
+        params, collections = split_variables(variables)
+        state = State(
+            step=jnp.int32(0),
+            params=params,
+            collections=collections,
+            opt_state=(),
+            carried={},
+            failed=jnp.int32(-1),
+        )
+        if probe.steps:
+            state = state._replace(
+                opt_state=build_run_optimizer(probe.spec, constants).init(params),
+                carried={name: base[name] for name in probe.plan.carried()},
+            )
+        return state, Batch(inputs, targets[0] if targets else None), base
+
+    return setup
+
+
+def _make_update(probe: Probe) -> Callable[..., tuple[State, dict[str, Any]]]:
+    parts = Parts(
+        apply=probe.model.apply,
+        task=make_task(probe.task),
+        optimizer=partial(build_run_optimizer, probe.spec),
+        rngs=_rngs(probe, Phase.TRAIN),
+        max_norm=probe.spec.train.max_norm is not None,
+    )
+    step = make_step(parts)
+    return lambda state, batch, keys: step(state, batch, keys, probe.constants)
+
+
+def _make_call(probe: Probe) -> Callable[..., tuple[Any, Any]]:
+    rngs_of, task = _rngs(probe, probe.phase), probe.task
+    train = probe.phase is Phase.TRAIN
+
+    def call(state: State, batch: Batch, keys: Any) -> tuple[Any, Any]:
+        rngs, _ = rngs_of(keys, {}, state.step, None)
+        variables = {"params": state.params, **state.collections}
+        given = (variables, batch.x, rngs, probe.constants)
+        outputs, _ = probe.model.apply(*given, train=train)
+        if task.loss is None:
+            return outputs, None
+        return outputs, make_task(task).loss(outputs, batch.y, probe.constants)
+
+    return call
+
+
+def _rngs(probe: Probe, phase: Phase) -> Callable[..., Any]:
+    return make_rngs(
+        probe.plan,
+        phase=phase,
+        names=probe.traces[phase].streams,
+        coordinates=probe.coordinates[phase],
+        steps_per_epoch=probe.sizes.steps_per_epoch,
+    )
