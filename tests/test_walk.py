@@ -1306,17 +1306,15 @@ def test_a_jitted_class_that_was_traced_before() -> None:
     }
 
 
-SHARED = nn.jit(RawInside)
-
-
 @pytest.mark.parametrize("traced_before", [False, True])
 def test_a_trace_that_modules_share(traced_before: bool) -> None:
     """Its marks are of the module that came first; a fork says whose it is now."""
+    shared = nn.jit(RawInside)
 
     @model
     def net(self: Any, args: Any) -> Any:
         x, key = args
-        return SHARED(name="high")(SHARED(name="low")(x, key), key)
+        return shared(name="high")(shared(name="low")(x, key), key)
 
     def function(key: Any, params: Any, x: Any) -> Any:
         return net().init_with_output({"params": params}, (x, key))
@@ -1336,6 +1334,24 @@ def test_a_trace_that_modules_share(traced_before: bool) -> None:
         ("high", "Dense_0"),
         ("high", "inner"),
     ]
+
+
+def test_a_module_applied_within_a_module() -> None:
+    """Its key is the outer module's, its path goes on from there."""
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            rngs = {"dropout": self.make_rng("noise")}
+            return Members().init_with_output({"params": KEY, **rngs}, x)[0]
+
+    @model
+    def net(self: Any, x: Any) -> Any:
+        return Outer(name="outer")(x)
+
+    trace = trace_draws(apply_of(net(), {}), make_rngs("noise"), X)
+    drawn = [draw.path for draw in trace.draws if draw.stream == "noise"]
+    assert drawn == [("outer", "Dropout_0"), ("outer", "Dropout_1")]
 
 
 def test_names_that_need_quoting() -> None:
