@@ -78,20 +78,28 @@ def is_small(x: Any) -> Any:
     return x.max() < 10
 
 
+def choose(x: Any) -> Any:
+    """Number of a branch."""
+    return (x.sum() > 0).astype(jnp.int32)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def lab() -> Iterator[None]:
     module: Any = ModuleType(PACKAGE)
     module.Rounds = Rounds
-    module.is_small = is_small
-    Rounds.__module__ = is_small.__module__ = PACKAGE
+    module.is_small, module.choose = is_small, choose
+    Rounds.__module__ = is_small.__module__ = choose.__module__ = PACKAGE
     sys.modules[PACKAGE] = module
     yield
     del sys.modules[PACKAGE]
 
 
-def with_model(spec: RunSpec, **fields: Any) -> RunSpec:
-    node = {"_target_": f"{PACKAGE}.Rounds", **fields}
+def with_node(spec: RunSpec, node: Any) -> RunSpec:
     return replace(spec, model=Node(freeze(node, path="model")), trusted=(PACKAGE,))
+
+
+def with_model(spec: RunSpec, **fields: Any) -> RunSpec:
+    return with_node(spec, {"_target_": f"{PACKAGE}.Rounds", **fields})
 
 
 def train_draws(program: Any) -> tuple[Draw, ...]:
@@ -144,6 +152,26 @@ def test_a_draw_of_the_backward_pass_is_in_the_ledger(make_spec: Any) -> None:
     assert [h.code for h in find_hazards(program)] == []
 
 
+def test_a_branch_that_is_computed_again(make_spec: Any) -> None:
+    """Its keys come to the backward pass beside a placeholder of the other branch."""
+    block = {"_target_": "models.ResidualMLPBlock", "dropout_rate": 0.5}
+    scan = {"lift": "scan", "length": 2, "module": {"lift": "remat", "module": block}}
+    scan |= {"variable_axes": {"params": 0}}
+    scan |= {"split_rngs": {"params": True, "dropout": True}}
+    switch = {"lift": "switch", "index": {"_target_": f"{PACKAGE}.choose"}}
+    switch |= {"branches": [scan, DENSE]}
+    layers = [{"_target_": "models.Flatten"}, DENSE, switch, DENSE]
+    node = {"_target_": "models.Sequential", "layers": layers}
+    program = compile_run(with_node(make_spec(DROPOUT), node))
+    (draw,) = train_draws(program)
+    assert (draw.stream, draw.axes, draw.untraced) == (
+        "dropout",
+        (("scan:layers_2/branches_0", 2),),
+        "",
+    )
+    assert [hazard.code for hazard in find_hazards(program)] == []
+
+
 def test_a_constant_of_the_backward_pass_is_a_hazard(make_spec: Any) -> None:
     program = compile_run(with_model(make_spec(DROPOUT), own=True))
     codes = {hazard.code: hazard for hazard in find_hazards(program)}
@@ -160,9 +188,7 @@ def test_a_model_that_has_no_gradient(make_spec: Any) -> None:
     }
     layers = [{"_target_": "models.Flatten"}, DENSE, loop, DENSE]
     node = {"_target_": "models.Sequential", "layers": layers}
-    spec = replace(
-        make_spec(DROPOUT), model=Node(freeze(node, path="model")), trusted=(PACKAGE,)
-    )
+    spec = with_node(make_spec(DROPOUT), node)
     with pytest.raises(ConfigError, match=r"^model: its gradient raised ValueError: "):
         compile_run(spec)
 

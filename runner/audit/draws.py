@@ -11,6 +11,9 @@ from runner.ops import Affine, Op, rename_axes
 
 __all__ = ["Draw", "Log", "Use"]
 
+# What a gradient has for the keys that another branch would leave to it.
+_PLACEHOLDER = "passed through empty2"
+
 
 @dataclass(frozen=True)
 class Use:
@@ -86,6 +89,8 @@ class Log:
             taken = dict(here.branches)
             if box is None or any(taken.get(c, b) != b for c, b in rule.branches):
                 continue
+            if rule.untraced == _PLACEHOLDER and (rule.branches or here.again):
+                continue  # where that branch is taken, this draw is not made
             names = self._name_dims(keys.dims, here.within, rule.stream)
             branches = tuple(sorted({**taken, **dict(rule.branches)}.items()))
             draw = _close(rule, names, box, self.space)
