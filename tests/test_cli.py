@@ -477,20 +477,29 @@ def test_plan_is_what_the_run_does(plan: Ran, short: Ran) -> None:
     assert document["guarantee"] == short.manifest["guarantee"]
 
 
+LOWERED = (jax.stages.Lowered, "compile")
+
+
 @pytest.mark.promotes
-def test_plan_compiles_and_runs_nothing(
-    monkeypatch: Any, capsys: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    ("flag", "forbidden"),
+    [([], (jax.stages.Compiled, "__call__")), (["--no-compile"], LOWERED)],
+    ids=["runs nothing", "compiles nothing"],
+)
+def test_plan(
+    monkeypatch: Any, capsys: Any, tmp_path: Path, flag: list[str], forbidden: Any
 ) -> None:
     def refuse(*_: Any, **__: Any) -> None:
-        raise AssertionError("compiled")
+        raise AssertionError("not in a plan")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
-    code, out, err = call(monkeypatch, capsys, "plan", *SHORT, PLAIN)
+    monkeypatch.setattr(*forbidden, refuse)
+    code, out, err = call(monkeypatch, capsys, "plan", *SHORT, PLAIN, *flag)
     assert (code, err) == (0, "")
     for word in ("dropout: 40 steps, 167,178 parameters", "bit-exact", "Dropout_1"):
         assert word in out
     assert "Dense_2/kernel  [256, 10]   float32  2,560" in out
+    assert ("FLOPs" in out) is not bool(flag)
     assert tree(tmp_path) == []
 
 
@@ -702,7 +711,7 @@ def test_a_failing_job_stops_no_other(shell: Shell) -> None:
 def test_a_refused_job_stops_no_other(shell: Shell) -> None:
     ran = shell("-m", *SHORT, "sinks=none", "seed=-1,3", ok=False)
     assert ran.code == 1
-    assert "seed: out of range (got -1)" in ran.err
+    assert "R007: seed: a negative seed is the same as 4294967295" in ran.err
     assert "Traceback" not in ran.err
     (run,) = shell.cwd.rglob("run.json")
     assert json.loads(run.read_text())["seed"] == 3

@@ -44,7 +44,9 @@ def probe(compose_config: Any) -> Callable[[Any], Any]:
             "params": {"phases": ["init"]},
             "dropout": {"phases": ["train"], "per": ["step"]},
         }
-        return compile_run(parse_spec({**config, "model": model, "trusted": ["lab"]}))
+        return compile_run(
+            parse_spec({**config, "model": model, "trusted": ["lab_of_lift_keys"]})
+        )
 
     return probe
 
@@ -149,7 +151,7 @@ def test_notes_say_what_has_no_index(probe: Any) -> None:
 
 @pytest.mark.parametrize("split", [True, False])
 def test_keys_of_a_while_loop(probe: Any, split: bool) -> None:
-    found = rows(probe({"_target_": "lab.Turns", "split": split}))
+    found = rows(probe({"_target_": "lab_of_lift_keys.Turns", "split": split}))
     expected = (3, "split") if split else (1, "shared")
     assert keys(found["train", "while"]) == {"dropout": expected}
     assert found["train", "while"]["lift"] == "while_loop"
@@ -159,7 +161,9 @@ def test_keys_of_a_while_loop(probe: Any, split: bool) -> None:
 
 
 def test_a_loop_of_unknown_length_has_unknown_keys(probe: Any) -> None:
-    found = rows(probe({"_target_": "lab.Turns", "split": True, "known": False}))
+    found = rows(
+        probe({"_target_": "lab_of_lift_keys.Turns", "split": True, "known": False})
+    )
     assert keys(found["train", "while"]) == {"dropout": (None, "split")}
 
 
@@ -188,7 +192,7 @@ class Turns(nn.Module):
         more, split = lambda _, carry: carry[0] < last, {"dropout": self.split}
         return nn.while_loop(more, body, self, (0, x), split_rngs=split)[1]
 """
-    (tmp_path / "lab.py").write_text(text)
+    (tmp_path / "lab_of_lift_keys.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
 
 

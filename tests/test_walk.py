@@ -778,16 +778,17 @@ def test_one_key_at_each_turn() -> None:
     assert all(draw.axes == () and not draw.untraced for draw in draws)
 
 
-def test_a_counter_that_overflows() -> None:
+@pytest.mark.parametrize("step", [50, 100])
+def test_a_counter_that_overflows(step: int) -> None:
     """An int8 goes round before it gets there: the length is not known."""
 
     def function(rngs: Any) -> Any:
         def body(carry: Any) -> Any:
             i, total = carry
-            return i + jnp.int8(100), total + bits(fold_in(rngs["noise"], 1))
+            return i + jnp.int8(step), total + bits(fold_in(rngs["noise"], 1))
 
-        start = (jnp.int8(0), jnp.uint32(0))
-        return lax.while_loop(lambda c: c[0] >= 0, body, start)
+        start, most = (jnp.int8(0), jnp.uint32(0)), jnp.int8(120)
+        return lax.while_loop(lambda c: c[0] < most, body, start)
 
     (draw,) = trace_draws(function, make_rngs("noise")).draws
     assert draw.within == (("while", None),)

@@ -66,8 +66,7 @@ def _call(walk: Walker, eqn: Any, ins: list[Value]) -> list[Value]:
     body = _plain(inner)
     fits = len(body.invars), len(body.outvars)
     if eqn.primitive.name in _CALLS and fits == (len(ins), len(eqn.outvars)):
-        again = here.again or eqn.params.get("differentiated", False)
-        return run_at(replace(here.call(eqn, body), again=again), walk, inner, ins)
+        return run_at(here.call(eqn, body), walk, inner, ins)
     # Some other program around a program: what goes where is not known.
     name = eqn.primitive.name
     for jaxpr in (inner, *more):

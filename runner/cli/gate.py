@@ -49,7 +49,7 @@ class Gate(Callback):
 
         Gate.is_reached = True
         # Hydra's own logging still stands here, and prints which backends JAX lacks.
-        logging.getLogger("jax").setLevel(logging.WARNING)
+        logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
             HydraConfig.instance().set_config(config)
             own = OmegaConf.to_container(config.hydra, resolve=False)
