@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from runner.audit.trace import Trace
 from runner.data import BatchOrder, Dataset, load_data
 from runner.errors import ConfigError, RunnerError
+from runner.flags import trace_flags
 from runner.hypers import find_hypers
-from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys, rng_flags
+from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys
 from runner.lift.fields import check_collections, check_streams
 from runner.model import Model, split_variables, trace_model
 from runner.probe.declared import make_arrays
@@ -38,7 +39,7 @@ def compile_run(spec: RunSpec) -> Program | Probe:
     data, order = _load(spec, plan)
     model = Model.of(spec)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
-    with rng_flags(spec.rng):
+    with trace_flags(spec):
         keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
 
         def trace(hypers: Mapping[str, float]) -> dict[Phase, Trace]:
@@ -84,7 +85,7 @@ def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
 
     streams = [s.name for s in plan.streams.values() if s.spec.kind is StreamKind.JAX]
     check_streams(spec.model, path="model", streams=streams)
-    with rng_flags(spec.rng):
+    with trace_flags(spec):
         _, traces = _trace_with_most(trace, {})
     collections = traces[Phase.INIT].outputs
     check_collections(spec.model, path="model", collections=collections)

@@ -7,6 +7,7 @@ RunnerError                 a user's mistake, told in one line; exit code 2
     TargetError             a `_target_` that may not, or can not, be built
     DataError               a data set that is absent, damaged or misshapen
   RecordError               a run directory that can't be claimed or read
+    AlteredRecordError      a file of a record that is not the one that was written
   HazardsRefusedError       a program with key hazards; exit code 1 (2: see there)
   RunFailedError            a run that could not go on; exit code 1
 """
@@ -16,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any
 
 __all__ = [
+    "AlteredRecordError",
     "ConfigError",
     "DataError",
     "HazardsRefusedError",
@@ -78,6 +80,10 @@ class DataError(ConfigError):
 
 class RecordError(RunnerError):
     """A run directory that can't be claimed, written or read."""
+
+
+class AlteredRecordError(RecordError):
+    """A file that is not what its digest says: missing, added, altered, damaged."""
 
 
 class HazardsRefusedError(RunnerError):

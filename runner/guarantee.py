@@ -1,18 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The strongest promise that holds for a run, and why no stronger one does."""
+"""The strongest promise that holds for a run, and why no stronger one does.
 
+level = the weakest of what the backend, its flags and the traced program allow
+
+Reasons say what the level rests on, or what lowers it. Nothing is run to find it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import jax
 
+from runner.audit.marks import OPTIMIZER
+from runner.audit.trace import NOT_THERE, Draw
+from runner.determinism import DETERMINISTIC_OPS
+from runner.errors import ConfigError
+from runner.machine import is_on, parse_flags, read_flags_text
 from runner.program import Compiled, Construct
+from runner.spec import Determinism, Impl, Phase, RunSpec
 
-__all__ = ["Guarantee", "Level", "guarantee_of"]
+__all__ = ["Guarantee", "Level", "guarantee_of", "refuse_below_strict"]
 
 
 class Level(StrEnum):
-    """What a second run of the same config gives."""
+    """What a second run of the same config gives; the strongest first."""
 
     BIT_EXACT = "bit-exact"
     KEY_EXACT = "key-exact"
@@ -29,11 +43,137 @@ class Guarantee:
 
 def guarantee_of(program: Compiled) -> Guarantee:
     """What holds for a program on the devices of this process."""
-    backend = jax.default_backend()
-    if backend != "cpu":
-        why = f"reductions and algorithm choice on {backend} may round otherwise"
-        return Guarantee(Level.KEY_EXACT, (why,))
-    reasons = ["on the same versions, vector width and size of XLA's thread pool"]
+    return _weakest(_find(program))
+
+
+def refuse_below_strict(program: Compiled) -> None:
+    """Stops a run that is to be strict, and whose bits can't be promised.
+
+    Raises:
+        ConfigError: `determinism` is strict, and the guarantee is not `bit-exact`.
+    """
+    if program.spec.determinism is not Determinism.STRICT:
+        return
+    lower = [one for one in _find(program) if one.level is not Level.BIT_EXACT]
+    if lower:
+        level, reasons = _weakest(lower).level, _weakest(lower).reasons
+        raise ConfigError(
+            "determinism",
+            f"a bit-exact run is asked for, and this one is {level}: "
+            + "; ".join(reasons),
+            got="strict",
+            fix="Change what lowers it, or set determinism=default",
+        )
+
+
+def _find(program: Compiled) -> list[Guarantee]:
+    """What each part of a run allows by itself."""
+    found = [_on_backend(jax.default_backend()), *_in_program(program)]
+    floats = _weakest(found).level
+    for phase, draw in _untraced(program):
+        found.extend(_of_draw(program.spec, phase, draw, floats))
+    return found
+
+
+def _weakest(found: Sequence[Guarantee]) -> Guarantee:
+    level = max((one.level for one in found), key=list(Level).index)
+    reasons = dict.fromkeys(reason for one in found for reason in one.reasons)
+    return Guarantee(level, tuple(reasons))
+
+
+def _on_backend(backend: str) -> Guarantee:
+    """What a backend allows, whatever the program is."""
+    if backend == "cpu":
+        why = "on the same versions, flags, vector width and size of XLA's thread pool"
+        return Guarantee(Level.BIT_EXACT, (why,))
+    if backend == "gpu" and is_on(parse_flags(read_flags_text()), DETERMINISTIC_OPS):
+        why = (
+            "on the same versions, flags, driver and kind of GPU, as XLA says of "
+            f"--{DETERMINISTIC_OPS}; the runner was never tried on a GPU"
+        )
+        return Guarantee(Level.BIT_EXACT, (why,))
+    why = f"reductions and algorithm choice on {backend} may round otherwise"
+    return Guarantee(Level.KEY_EXACT, (why,))
+
+
+def _in_program(program: Compiled) -> Iterator[Guarantee]:
+    """What the primitives of a program, and its generator, allow."""
     if program.construct is Construct.STEP:
-        reasons.append("convolutions on CPU: steps are taken one by one")
-    return Guarantee(Level.BIT_EXACT, tuple(reasons))
+        why = "convolutions on CPU: steps are taken one by one"
+        yield Guarantee(Level.BIT_EXACT, (why,))
+    if program.spec.rng.impl is not Impl.THREEFRY2X32:
+        impl = program.spec.rng.impl
+        why = f"rng.impl {impl}: the bits of a key are the backend's own, and XLA's"
+        yield Guarantee(Level.BIT_EXACT, (f"{why} next version may draw others",))
+    names = {n for trace in program.traces.values() for n in trace.primitives}
+    for name in sorted(filter(_is_foreign, names)):
+        why = f"{name}: code outside the program computes part of it"
+        yield Guarantee(Level.KEY_EXACT, (why,))
+
+
+def _is_foreign(primitive: str) -> bool:
+    """Whether it brings values in that XLA does not compute.
+
+    A debug callback returns none; whether an `io_callback` does is not in its name.
+    """
+    is_callback = "callback" in primitive and not primitive.startswith("debug_")
+    return is_callback or primitive == "ffi_call"
+
+
+def _untraced(program: Compiled) -> Iterator[tuple[Phase, Draw]]:
+    for phase, trace in program.traces.items():
+        for draw in trace.draws:
+            if draw.untraced and draw.untraced != NOT_THERE:
+                yield phase, draw
+
+
+def _of_draw(
+    spec: RunSpec, phase: Phase, draw: Draw, floats: Level
+) -> Iterator[Guarantee]:
+    """What a draw allows whose key the ledger can't derive.
+
+    Its key may be made of a stream's and of floats that the program computes: where
+    these may round otherwise, the key may be another one.
+    """
+    place = "optimizer" if draw.path == OPTIMIZER else "/".join(draw.path)
+    place = f"{phase} {place or '(root)'}"
+    if draw.stream is None:
+        if not _is_of_config(spec, draw):
+            why = f"{place} draws from a key that no declared stream gives"
+            yield Guarantee(Level.STATISTICAL, (f"{why}: {draw.untraced}",))
+    elif floats is not Level.BIT_EXACT:
+        why = f"{place} draws from a key of {draw.stream} that the program makes"
+        yield Guarantee(Level.STATISTICAL, (f"{why}: {draw.untraced}",))
+
+
+def _is_of_config(spec: RunSpec, draw: Draw) -> bool:
+    """Whether the config says what a draw of no stream is made from.
+
+    So it is for an array that NumPy's legacy generator draws from a seed in the
+    config, for optax's own noise, which keeps a key in its state that is made of its
+    arguments, and for a constant key whose seed stands in the node. Any other may
+    have come from a clock when the program was traced.
+    """
+    if draw.use.primitive.startswith("numpy."):
+        return True
+    node = spec.optimizer if draw.path == OPTIMIZER else spec.model
+    leaves = list(_leaves(node))
+    if draw.path == OPTIMIZER:
+        targets = [str(value) for name, value in leaves if name == "_target_"]
+        if all(target.startswith("optax.") for target in targets):
+            return True
+    seed = re.fullmatch(r"a constant in the model: key\((\d+)\)", draw.untraced)
+    seeds = [str(v) for n, v in leaves if re.search("key|seed|rng", n.lower())]
+    return seed is not None and seed[1] in seeds
+
+
+def _leaves(node: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The values in a config node, each with the name that it stands under."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _leaves(value, str(key))
+    elif isinstance(node, tuple):
+        for value in node:
+            yield from _leaves(value, name)
+    else:
+        yield name, node

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import flax
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Key
 
@@ -38,6 +39,7 @@ __all__ = [
     "draw_canary",
     "host_generator",
     "host_words",
+    "is_key",
     "key_shape",
     "key_words",
     "make_rngs",
@@ -207,6 +209,11 @@ def derive_base_keys(
         for s in streams
         if s.spec.kind is StreamKind.JAX
     }
+
+
+def is_key(leaf: Any) -> bool:
+    """Whether an array, or the shape of one, holds typed keys."""
+    return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
 def key_shape(impl: str) -> Any:

@@ -8,6 +8,7 @@ read long after, without the program: `runner.keys.derive_key` is all it needs.
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,6 +38,7 @@ __all__ = [
 
 SCHEMA = 1
 _LONGEST_CARRY = 1_000_000
+_MOST_PLACES = 2**22
 
 
 def make_ledger(program: Compiled) -> dict[str, Any]:
@@ -283,8 +285,9 @@ def expand(
     fixed: dict[str, int] = {Coordinate.STEP: step, Coordinate.EPOCH: epoch}
     known: dict[tuple[Op, ...], Any] = {}
     for index, ops in bind_places(ledger, draw):
+        turns = iter(range(_LONGEST_CARRY))
         bound = tuple(
-            unrolled for op in bind_ops(ops, fixed) for unrolled in _unroll(op)
+            unrolled for op in bind_ops(ops, fixed) for unrolled in _unroll(op, turns)
         )
         key = _derive(bound, known, impl=ledger["rng"]["impl"])
         rows = [row for op in bound for row in _public_rows(op)]
@@ -307,6 +310,8 @@ def bind_places(
         is_train = draw["phase"] == Phase.TRAIN
         name = "microbatches" if is_train else "eval_batches"
         axes = {str(Coordinate.MICROBATCH): ledger["sizes"][name], **axes}
+    if math.prod(axes.values()) > _MOST_PLACES:
+        raise ValueError(f"more than {_MOST_PLACES:,} keys at one place")
     kept: dict[str, Any] = {c: c for c in (Coordinate.STEP, Coordinate.EPOCH)}
     for place in itertools.product(*map(range, axes.values())):
         index = dict(zip(axes, place, strict=True))
@@ -324,14 +329,16 @@ def _derive(ops: tuple[Op, ...], known: dict[tuple[Op, ...], Any], *, impl: str)
     return key
 
 
-def _unroll(op: Op) -> Iterator[Op]:
-    """A `repeat` with all its numbers, as the ops of its turns."""
+def _unroll(op: Op, turns: Iterator[int]) -> Iterator[Op]:
+    """A `repeat` with all its numbers, as the ops of its turns, while there are any."""
     if op.op != "repeat":
         yield op
         return
     for turn in range(int(op.index)):  # type: ignore[arg-type]
+        if next(turns, None) is None:
+            raise ValueError(f"more than {_LONGEST_CARRY:,} turns of a loop")
         for inner in bind_ops(op.body, {op.counter: turn}):
-            yield from _unroll(inner)
+            yield from _unroll(inner, turns)
 
 
 def _public_rows(op: Op) -> list[dict[str, Any]]:

@@ -104,6 +104,7 @@ class Bounds:
 Seed = Annotated[int, Bounds(-(2**63), 2**63 - 1)]  # beyond 32 bits: hazard R007
 Word = Annotated[int, Bounds(0, 2**32 - 1)]
 Count = Annotated[int, Bounds(1, 2**31 - 1)]
+Whole = Annotated[int, Bounds(0, 2**31 - 1)]
 Rate = Annotated[float, Bounds(0, 1)]
 Fraction = Annotated[float, Bounds(0, 1, open=True)]
 Positive = Annotated[float, Bounds(0, open=True)]

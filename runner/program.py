@@ -21,9 +21,12 @@ from runner.audit.trace import Trace
 from runner.build import build_optimizer
 from runner.chunk import make_loop, make_single, take_rows
 from runner.data import BatchOrder, Dataset
+from runner.fingerprint import fingerprint
+from runner.flags import trace_flags
 from runner.hypers import insert_hypers
 from runner.keys import (
     KeyPlan,
+    advance_carry,
     derive_base_keys,
     make_rngs,
     rng_flags,
@@ -156,11 +159,13 @@ class Calls(NamedTuple):
         evaluate: (sums, state, at, data, keys, hypers) to sums of the metrics, and
             observed. `at` is {rows: [rows], weights: [rows], part: number of the
             batch}.
+        digest: state to its fingerprint.
     """
 
     setup: Callable[..., tuple[tuple[State, dict[str, Any]], Any]]
     train: Callable[..., tuple[State, Any, Any]]
     evaluate: Callable[..., tuple[Any, Any]]
+    digest: Callable[[State], Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,11 +300,30 @@ class Program:
         (state, keys), observed = self.calls.setup(seeds, hypers)
         return (state, keys, hypers), observed
 
+    def go_on(self, first: State, *, step: int, kept: Mapping[str, Any]) -> State:
+        """The state before a step, from what a checkpoint kept of it.
+
+        Args:
+            first: The state before step 0.
+            step: The step about to run.
+            kept: Its `params`, `collections` and `opt_state`.
+        """
+        with rng_flags(self.spec.rng):
+            advance = jax.jit(advance_carry)
+            carried = {n: advance(k, np.int32(step)) for n, k in first.carried.items()}
+        on_device = jax.device_put(dict(kept))
+        return first._replace(step=jnp.int32(step), carried=carried, **on_device)
+
     @cached_property
     def calls(self) -> Calls:
         """The programs, compiled beside each other when first asked for."""
-        with rng_flags(self.spec.rng):  # they count while a program is traced
-            lowered = [self._lower_setup(), self._lower_train(), self._lower_eval()]
+        with trace_flags(self.spec):  # they count while a program is traced
+            lowered = [
+                self._lower_setup(),
+                self._lower_train(),
+                self._lower_eval(),
+                jax.jit(fingerprint).lower(self.initial),
+            ]
         with ThreadPoolExecutor() as pool:
             return Calls(*pool.map(lambda each: each.compile(), lowered))
 

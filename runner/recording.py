@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a program and leaves its record behind."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
+import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,9 +18,11 @@ import yaml
 
 from runner import __version__
 from runner.comparison.compare import Comparison
+from runner.course import BEGINNING, Start
+from runner.errors import RunFailedError
 from runner.guarantee import guarantee_of
 from runner.hazards.find import Hazard
-from runner.keys import draw_canary, rng_flags
+from runner.keys import draw_canary, is_key, rng_flags
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
 from runner.parse import to_plain
@@ -26,23 +30,36 @@ from runner.probe.loop import Event, key_rows, run_probe
 from runner.probe.probe import Probe
 from runner.program import Compiled, Program
 from runner.records.arrays import write_arrays
-from runner.records.checkpoint import Checkpoints
+from runner.records.checkpoint import FOLDER, Checkpoints, Saved
 from runner.records.digests import (
     digest_config,
     digest_file,
     digest_leaves,
+    digest_manifest,
     digest_plain,
 )
 from runner.records.environment import read_git, read_platform, read_versions
-from runner.records.events import Outputs, RunEnd, RunStart, TrainRecord
-from runner.records.files import write_atomically
+from runner.records.events import (
+    EvalRecord,
+    Outputs,
+    RunEnd,
+    RunStart,
+    StateRecord,
+    TrainRecord,
+)
+from runner.records.files import clear_unfinished, sync, write_atomically
+from runner.records.record import NEXT, SCHEMA
+from runner.records.restore import named_leaves
 from runner.records.secrets import Secrets
 from runner.sinks.base import Sinks, make_sinks
+from runner.sinks.jsonl import FILES
+from runner.spec import RunSpec
 from runner.step import State
 
-__all__ = ["Recorded", "record_run"]
+__all__ = ["Recorded", "Resumption", "facts_of_process", "record_run"]
 
-SCHEMA = 1
+_RESERVE_FILE = ".reserve"
+_RESERVE = 2**14  # bytes set aside: a full disk still takes the last manifest
 _log = logging.getLogger("runner")
 
 
@@ -61,6 +78,44 @@ class Recorded:
     objective: float | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Resumption:
+    """Where a recorded run goes on, in its own directory.
+
+    Args:
+        manifest: Its `run.json` so far.
+        start: Its state there, and what led to it.
+        metrics: Last value of each metric before it, as `train/loss`.
+        sizes: Bytes that stay of each file that the sinks append to.
+        saved: The checkpoints up to there.
+        notes: What is worth a line: what was passed over, and why.
+    """
+
+    manifest: Mapping[str, Any]
+    start: Start
+    metrics: Mapping[str, float]
+    sizes: Mapping[str, int]
+    saved: Mapping[int, Saved]
+    notes: tuple[str, ...] = ()
+
+
+def facts_of_process(spec: RunSpec) -> dict[str, Any]:
+    """What a run's bits may depend on besides its config, as `run.json` has it."""
+    with rng_flags(spec.rng):
+        canary = draw_canary(str(spec.rng.impl))
+    return {
+        "versions": {"runner": __version__, **read_versions()},
+        "platform": read_platform(),
+        "git": read_git(Path.cwd()),
+        "rng": {
+            "impl": str(spec.rng.impl),
+            "partitionable": spec.rng.partitionable,
+            "fix_separator": spec.rng.fix_separator,
+            "canary": canary,
+        },
+    }
+
+
 def record_run(
     program: Compiled,
     *,
@@ -68,22 +123,30 @@ def record_run(
     secrets: Secrets,
     hazards: tuple[Hazard, ...] = (),
     sweep: Mapping[str, Any] | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    parent: Mapping[str, Any] | None = None,
+    resumption: Resumption | None = None,
+    stop: Callable[[], str] = lambda: "",
+    listen: Callable[[Event], None] = lambda event: None,
 ) -> Recorded:
     """Runs a program to its end and records it in a directory that is ours alone.
 
     Args:
         program: What to run.
-        directory: The run directory; exists.
+        directory: The run directory; exists, and is locked by us.
         secrets: What must not be written.
         hazards: What `find_hazards` found, and nobody minded.
         sweep: {id, lane, lanes, mode} of a sweep's job.
-        stop: Asked between calls; true ends the run as `interrupted`.
+        parent: {run_id, verb, ...} of the run that this one is made from.
+        resumption: Where a run in this directory goes on.
+        stop: Asked between calls; a reason ends the run as `interrupted`.
+        listen: Told each event when it has been written.
 
     Raises:
         RecordError: the record can't be written.
     """
-    return _Recording(program, directory, secrets, hazards, sweep).run(stop)
+    recording = _Recording(program, directory, secrets, hazards, resumption)
+    recording.open_manifest(sweep=sweep, parent=parent)
+    return recording.run(stop, listen)
 
 
 class _Recording:
@@ -95,59 +158,112 @@ class _Recording:
         directory: Path,
         secrets: Secrets,
         hazards: tuple[Hazard, ...],
-        sweep: Any,
+        resumption: Resumption | None,
     ) -> None:
-        self.hazards = hazards
+        self.hazards, self.resumption = hazards, resumption
+        self.start = resumption.start if resumption else BEGINNING
         self.program, self.directory, self.secrets = program, directory, secrets
         self.config = secrets.redact(to_plain(program.spec))
         self.ledger = make_ledger(program)
-        self.metrics: dict[str, float] = {}
+        self.metrics = dict(resumption.metrics) if resumption else {}
         self.best: tuple[float, int] | None = None
+        self.objective: tuple[int, float] | None = None  # at the last evaluation
         self.outputs: Outputs | None = None
-        self.taken = 0  # steps whose metrics are written
+        self.taken = self.start.step  # steps whose metrics are written
         self.comparison = _compare_keys(program, self.ledger)
-        keep = program.spec.checkpoint.keep
-        self.checkpoints = Checkpoints(directory / "checkpoints", keep=keep)
-        self.manifest = self._first_manifest(sweep)
+        for record in self.start.evaluated:
+            self._take_eval(record)
 
-    def run(self, stop: Callable[[], bool]) -> Recorded:
+    def open_manifest(self, *, sweep: Any, parent: Any) -> None:
+        self.manifest = self._first_manifest()
+        if self.resumption is None:
+            self.manifest |= {"sweep": sweep, "parent": parent}
+        else:
+            self._take_over(self.resumption.manifest)
+        checkpoint, metric = self.program.spec.checkpoint, self.program.spec.objective
+        self.checkpoints = Checkpoints(
+            self.directory / FOLDER,
+            run_id=self.manifest["run_id"],
+            keep=checkpoint.keep,
+            keep_best=checkpoint.keep_best,
+            best=self.program.spec.task.metrics[metric],
+        )
+
+    def _take_over(self, before: Mapping[str, Any]) -> None:
+        """It stays the run that it was; all else is what holds now."""
+        same = ("run_id", "started", "sweep")
+        self.manifest |= {name: before[name] for name in same}
+        here = {"run_id": before["run_id"], "verb": "resume", "step": self.start.step}
+        self.manifest["parent"] = here
+        session = {"step": self.start.step, "at": _now(), "was": before["status"]}
+        self.manifest["resumed"] = [*before.get("resumed", []), session]
+
+    def run(self, stop: Callable[[], str], listen: Callable[[Event], None]) -> Recorded:
         self._write_start()
         sinks = make_sinks(self.program.spec.sinks)
         try:
+            self._cut_back()
             sinks.start(self._run_start())
+            for note in self.resumption.notes if self.resumption else ():
+                _log.warning("%s", note)
             for hazard in self.hazards:
                 _log.warning("%s", hazard)
-            outcome = self._train(sinks, stop)
-            end = self._finish(outcome)
+            outcome = self._train(sinks, stop, listen)
+            end = self._finish(outcome, sinks)
         except BaseException as error:
             what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            with contextlib.suppress(RunFailedError):  # the error at hand came first
+                self.checkpoints.close()
             sinks.finish(self._abort(what))
             raise
         sinks.finish(end)
         objective = self.metrics.get(f"eval/{self.program.spec.objective}")
         return Recorded(end.status, end.reason, objective)
 
-    def _train(self, sinks: Sinks, stop: Callable[[], bool]) -> Outcome:
-        for event in _events(self.program, stop, self.comparison):
+    def _train(
+        self, sinks: Sinks, stop: Callable[[], str], listen: Callable[[Event], None]
+    ) -> Outcome:
+        for event in self._events(stop):
+            self.checkpoints.check()
             if isinstance(event, Outcome):
                 return event
             if isinstance(event, Snapshot):
-                self.checkpoints.save(event.step, _saved(event.state))
-                continue
-            if isinstance(event, Outputs):
+                self._save(event.step, event.state, sinks)
+            elif isinstance(event, Outputs):
                 self._keep_outputs(event)
-                continue
-            if isinstance(event, TrainRecord):
-                last = {f"train/{k}": float(v[-1]) for k, v in event.metrics.items()}
-                self.taken = event.first_step + event.steps
             else:
-                last = {f"eval/{k}": v for k, v in event.metrics.items()}
-                if event.best:
-                    best = event.metrics[self.program.spec.objective]
-                    self.best = (best, event.step)
-            self.metrics |= last
-            sinks.write(event)
+                self._take(event)
+                sinks.write(event)
+            listen(event)
         raise AssertionError("the loop ended without an outcome")
+
+    def _events(self, stop: Callable[[], str]) -> Iterator[Event]:
+        program, watch = self.program, self.comparison
+        if isinstance(program, Probe):
+            return run_probe(program, stop=stop, watch=watch)
+        assert isinstance(program, Program)
+        return train(program, start=self.start, stop=stop, watch=watch)
+
+    def _take(self, record: TrainRecord | EvalRecord | StateRecord) -> None:
+        if isinstance(record, TrainRecord):
+            last = {f"train/{k}": float(v[-1]) for k, v in record.metrics.items()}
+            self.metrics |= last
+            self.taken = record.first_step + record.steps
+        elif isinstance(record, EvalRecord):
+            self._take_eval(record)
+
+    def _take_eval(self, record: EvalRecord) -> None:
+        self.metrics |= {f"eval/{k}": v for k, v in record.metrics.items()}
+        value = record.metrics[self.program.spec.objective]
+        self.objective = (record.step, value)
+        if record.best:
+            self.best = (value, record.step)
+
+    def _save(self, step: int, state: State, sinks: Sinks) -> None:
+        at, value = self.objective or (-1, 0.0)
+        objective = _finite(value) if at == step else None
+        written = sinks.sync()
+        self.checkpoints.save(step, _saved(state), objective=objective, written=written)
 
     def _keep_outputs(self, outputs: Outputs) -> None:
         path = self.directory / "outputs.npz"
@@ -155,11 +271,11 @@ class _Recording:
         self.manifest["digests"]["outputs"] = digest_file(path)
         self.outputs = outputs
 
-    def _finish(self, outcome: Outcome) -> RunEnd:
+    def _finish(self, outcome: Outcome, sinks: Sinks) -> RunEnd:
         """Saves the last good state, then closes the manifest over it."""
         if self.program.steps:
-            self.checkpoints.save(outcome.step, _saved(outcome.state))
-        params = _named_leaves(outcome.state.params)
+            self._save(outcome.step, outcome.state, sinks)
+        params = named_leaves(outcome.state.params)
         self.checkpoints.close()
         self.manifest["digests"]["params"] = digest_leaves(params)
         return self._close(
@@ -170,9 +286,10 @@ class _Recording:
         return self._close("failed", self.secrets.blot(reason), self.taken, 0.0)
 
     def _close(self, status: str, reason: str, steps: int, seconds: float) -> RunEnd:
-        metrics = self.directory / "metrics.jsonl"
-        if metrics.exists():
-            self.manifest["digests"]["metrics"] = digest_file(metrics)
+        for name, file in FILES.items():
+            if (self.directory / file).exists():
+                digest = digest_file(self.directory / file)
+                self.manifest["digests"][name] = digest
         self.manifest |= {
             "status": status,
             "reason": reason,
@@ -184,6 +301,7 @@ class _Recording:
             and {"value": _finite(self.best[0]), "step": self.best[1]},
             "observed": self.comparison and self.comparison.to_plain(),
         }
+        (self.directory / _RESERVE_FILE).unlink(missing_ok=True)
         self._write_manifest()
         return RunEnd(
             status=status,
@@ -192,30 +310,48 @@ class _Recording:
             seconds=seconds,
             metrics=self.metrics,
             best=self.best,
-            ledger=self.directory / "keys",
             outputs=self.outputs,
             observed=str(self.comparison or ""),
         )
 
     def _write_start(self) -> None:
-        """Config and ledger, then the manifest that makes this a run directory."""
-        text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        write_atomically(self.directory / "config.yaml", text)
-        keys = self.directory / "keys"
-        keys.mkdir(exist_ok=True)
-        text = json.dumps(self.ledger, indent=1, allow_nan=False)
-        write_atomically(keys / "ledger.json", text + "\n")
+        """What the run starts from; a kill in between leaves the one before, or this.
+
+        The manifest names the others by their digests: it is written between them and
+        their renaming, and a reader takes whichever of the two it names.
+        """
+        (self.directory / "keys").mkdir(exist_ok=True)
+        for name in (".", "keys", ".hydra"):
+            clear_unfinished(self.directory / name)
+        write_atomically(self.directory / _RESERVE_FILE, bytes(_RESERVE))
+        config = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        ledger = json.dumps(self.ledger, indent=1, allow_nan=False) + "\n"
+        texts = {"config.yaml": config, "keys/ledger.json": ledger}
+        paths = {self.directory / name: text for name, text in texts.items()}
+        for path, text in paths.items():
+            write_atomically(path.with_name(path.name + NEXT), text)
         self._write_manifest()
+        for path in paths:
+            path.with_name(path.name + NEXT).replace(path)
+            sync(path.parent)
+
+    def _cut_back(self) -> None:
+        """Takes away what lies past the start; checkpoints first, for they vouch for
+        what is left of the files.
+        """
+        self.checkpoints.begin(self.resumption.saved if self.resumption else {})
+        for name, size in (self.resumption.sizes if self.resumption else {}).items():
+            with contextlib.suppress(FileNotFoundError):
+                os.truncate(self.directory / FILES[name], size)
 
     def _write_manifest(self) -> None:
+        self.manifest["digest"] = digest_manifest(self.manifest)
         text = json.dumps(self.manifest, indent=2, allow_nan=False)
         write_atomically(self.directory / "run.json", text + "\n")
 
-    def _first_manifest(self, sweep: Any) -> dict[str, Any]:
+    def _first_manifest(self) -> dict[str, Any]:
         program, spec = self.program, self.program.spec
         guarantee = guarantee_of(program)
-        with rng_flags(spec.rng):
-            canary = draw_canary(str(spec.rng.impl))
         return {
             "schema": SCHEMA,
             "run_id": uuid.uuid4().hex[:12],
@@ -226,15 +362,7 @@ class _Recording:
             "ended": None,
             "steps": 0,
             "seed": spec.seed,
-            "versions": {"runner": __version__, **read_versions()},
-            "platform": read_platform(),
-            "git": read_git(Path.cwd()),
-            "rng": {
-                "impl": str(spec.rng.impl),
-                "partitionable": spec.rng.partitionable,
-                "fix_separator": spec.rng.fix_separator,
-                "canary": canary,
-            },
+            **facts_of_process(spec),
             "guarantee": {
                 "level": str(guarantee.level),
                 "reasons": list(guarantee.reasons),
@@ -249,12 +377,14 @@ class _Recording:
                 "data": program.data_digest,
                 "params": None,
                 "metrics": None,
+                "states": None,
             },
             "metrics": {},
             "best": None,
             "observed": None,
             "parent": None,
-            "sweep": sweep,
+            "resumed": [],
+            "sweep": None,
         }
 
     def _run_start(self) -> RunStart:
@@ -271,6 +401,7 @@ class _Recording:
             parameters=program.parameters,
             steps=program.steps,
             objective=program.spec.objective,
+            first_step=self.start.step,
             notes={
                 "devices": devices,
                 "guarantee": level,
@@ -288,27 +419,17 @@ def _compare_keys(program: Compiled, ledger: Mapping[str, Any]) -> Comparison | 
     return Comparison(ledger, window=window)
 
 
-def _events(
-    program: Compiled, stop: Callable[[], bool], comparison: Comparison | None
-) -> Iterator[Event]:
-    if isinstance(program, Probe):
-        return run_probe(program, stop=stop, watch=comparison)
-    assert isinstance(program, Program)
-    return train(program, stop=stop, watch=comparison)
-
-
 def _saved(state: State) -> dict[str, Any]:
-    """What a checkpoint holds; no key is in it, they follow from the step."""
-    kept = ("step", "params", "collections", "opt_state")
-    return {name: getattr(state, name) for name in kept}
+    """What a checkpoint holds; no stream's key is in it, they follow from the step.
 
-
-def _named_leaves(tree: Any) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
-        for path, leaf in leaves
-    }
+    An optimizer's own key is, as its words: Orbax takes no typed keys.
+    """
+    kept = {name: getattr(state, name) for name in ("step", "params", "collections")}
+    opt_state = jax.tree.map(
+        lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf,
+        state.opt_state,
+    )
+    return {**kept, "opt_state": opt_state}
 
 
 def _finite(value: float) -> float | None:

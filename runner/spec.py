@@ -22,6 +22,7 @@ from runner.parse import (
     Positive,
     Rate,
     Seed,
+    Whole,
     build_dataclass,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "CsvSpec",
     "DataSpec",
     "Derive",
+    "Determinism",
     "DigitsSpec",
     "EvalSpec",
     "Impl",
@@ -65,6 +67,13 @@ class Impl(StrEnum):
     THREEFRY2X32 = "threefry2x32"
     RBG = "rbg"
     UNSAFE_RBG = "unsafe_rbg"
+
+
+class Determinism(StrEnum):
+    """How much of a run's bits is promised: what holds anyway, or all or no run."""
+
+    DEFAULT = "default"
+    STRICT = "strict"
 
 
 class Phase(StrEnum):
@@ -263,6 +272,7 @@ class TrainSpec:
     it never changes a bit. `accumulation_steps` cuts each batch into that many
     microbatches. `clip_norm` bounds the global norm of the gradient. `max_norm`
     bounds the norm of each unit's incoming weights (Srivastava et al. 2014, §5.1).
+    `matmul_precision` is that of products on an accelerator (null: as JAX is set).
     `compile_cache` is a directory, `auto` (the user's cache) or null.
     """
 
@@ -272,6 +282,7 @@ class TrainSpec:
     clip_norm: Positive | None = None
     max_norm: Positive | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    matmul_precision: Literal["default", "high", "highest"] | None = None
     compile_cache: str | None = "auto"
 
 
@@ -333,10 +344,19 @@ class SinksSpec:
 
 @dataclass(frozen=True)
 class CheckpointSpec:
-    """`checkpoint`: the state is kept at the end, and every so many steps."""
+    """`checkpoint`: what a run survives by.
 
-    every: Count | None = None
-    keep: Count = 1
+    The state is saved at the end and when a signal stops the run; besides, `every` so
+    many steps, or (`auto`) when the last one is ten minutes old. The `keep` newest
+    stay, and the `keep_best` best by the objective, which are saved as they are
+    found. `digest_every` is the number of steps between two records of the state's
+    fingerprint (null: at the end alone).
+    """
+
+    every: Count | Literal["auto"] | None = "auto"
+    keep: Count = 2
+    keep_best: Whole = 0
+    digest_every: Count | None = 100
 
 
 @dataclass(frozen=True)
@@ -348,6 +368,7 @@ class RunSpec:
     experiment: str = "default"
     seed: Seed = 0
     trusted: tuple[str, ...] = ()
+    determinism: Determinism = Determinism.DEFAULT
     rng: RngSpec = RngSpec()
     data: DataChoice = DigitsSpec()
     task: TaskSpec = ClassificationSpec()

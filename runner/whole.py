@@ -18,7 +18,8 @@ import optax
 from runner.audit.marks import OPTIMIZER, mark_module
 from runner.audit.trace import Draw, Trace, trace_draws
 from runner.errors import ConfigError, RunnerError
-from runner.keys import key_shape, rng_flags
+from runner.flags import trace_flags
+from runner.keys import key_shape
 from runner.program import (
     Program,
     build_run_optimizer,
@@ -41,7 +42,7 @@ def trace_whole(program: Program) -> dict[Phase, Trace]:
     Raises:
         ConfigError: the model can't be differentiated.
     """
-    with rng_flags(program.spec.rng):
+    with trace_flags(program.spec):
         first = _trace_start(program)
         step = _trace_step(program, first.outputs)
     return {**program.traces, Phase.INIT: first, Phase.TRAIN: step}
@@ -84,9 +85,8 @@ def _trace_step(program: Program, state: State) -> Trace:
             fix="HYDRA_FULL_ERROR=1 shows where",
         ) from error
     draws = tuple(_put_back(whole.draws, found.draws))
-    return replace(
-        whole, draws=draws, outputs=found.outputs, primitives=found.primitives
-    )
+    primitives = whole.primitives | found.primitives
+    return replace(whole, draws=draws, outputs=found.outputs, primitives=primitives)
 
 
 def _put_back(draws: Iterable[Draw], forward: Iterable[Draw]) -> Iterator[Draw]:

@@ -86,3 +86,13 @@ def runner(user_env: dict[str, str], tmp_path: Path) -> Run:
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pool_sensitive_overrides() -> list[str]:
+    """A run of seconds whose last parameters differ between NPROC=1 and NPROC=4.
+
+    Its gradient sums over 1,400 rows, which XLA cuts up for the threads it has.
+    """
+    small = ["data.batch_size=1400", "model.features=[32]", "train.steps=3"]
+    return ["+experiment=dropout", *small, "sinks=none"]

@@ -175,6 +175,7 @@ def test_run_directory_has_everything_of_the_contract(default: Ran) -> None:
         "metrics.jsonl",
         "run.json",
         "runner.log",
+        "states.jsonl",
         "wandb",
     ]
     hydras = ["config.yaml", "hydra.yaml", "overrides.yaml"]

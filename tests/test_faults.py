@@ -80,7 +80,7 @@ def check_record(cwd: Path) -> str:
         evaluated = [row["step"] for row in rows if row["phase"] == "eval"]
         assert evaluated == list(range(25, 25 * len(evaluated) + 1, 25))
     for checkpoint in (run / "checkpoints").glob("[0-9]*"):
-        assert checkpoint.name.isdecimal() or "tmp" in checkpoint.name
+        assert checkpoint.stem.isdecimal() or "tmp" in checkpoint.name
     return status
 
 

@@ -81,7 +81,9 @@ class Fake:
         self.eval_rows, self.eval_batches = 4, 1
         self.fails, self.values = fails, values
         self.log: list[str] = []
-        self.calls = SimpleNamespace(train=self.take_steps, evaluate=self.evaluate)
+        self.calls = SimpleNamespace(
+            train=self.take_steps, evaluate=self.evaluate, digest=self.digest
+        )
 
     def start_observed(self) -> tuple[Any, None]:
         return (0, {}, {}), None
@@ -106,6 +108,9 @@ class Fake:
         fetched = Fetched(np.int32(failed), self.log, f"fetch {taken.start}")
         after = max(taken.stop, min(state, taken.start))
         return after, ({"loss": metrics}, None), fetched
+
+    def digest(self, state: int) -> np.ndarray:
+        return np.array([state, 7], np.uint32)
 
     def evaluate(
         self, sums: Any, state: int, at: Any, data: Any, keys: Any, hypers: Any
@@ -141,7 +146,7 @@ def fake_spec(make_spec: Any) -> Callable[..., RunSpec]:
             task=RegressionSpec(),
             train=replace(base.train, steps=steps, steps_per_call=per_call),
             eval=replace(base.eval, **{"every": None, **evaluation}),
-            checkpoint=replace(base.checkpoint, every=save),
+            checkpoint=replace(base.checkpoint, every=save, digest_every=None),
         )
 
     return change
@@ -174,7 +179,11 @@ def test_records_are_complete_and_in_order(
     calls = iter(range(1000))
     spec = fake_spec(steps, per_call, save, every=every)
     program = Fake(spec, construct=construct, fails=fails)
-    stop = (lambda: next(calls) >= end[1]) if end[0] == "stops" else (lambda: False)
+    stops = end[0] == "stops"
+
+    def stop() -> str:
+        return "enough" if stops and next(calls) >= end[1] else ""
+
     *events, outcome = train(program, stop=stop)
     assert isinstance(outcome, Outcome)
     assert not [event for event in events if isinstance(event, Outcome)]
@@ -185,7 +194,8 @@ def test_records_are_complete_and_in_order(
         status = "failed"
     elif outcome.reason:
         status = "interrupted"
-        assert end[0] == "stops"
+        assert stops
+        assert outcome.reason == "enough"
     else:
         assert outcome.step == steps
     assert outcome.status == status
@@ -294,7 +304,7 @@ def test_no_snapshot_after_a_failure(fake_spec: Any) -> None:
 
 def test_stop_before_a_failure_is_seen(fake_spec: Any) -> None:
     program = Fake(fake_spec(8, 2), fails=1)
-    *events, outcome = train(program, stop=lambda: True)
+    *events, outcome = train(program, stop=lambda: "enough")
     assert (outcome.status, outcome.step) == ("failed", 1)
     assert [step for step, _ in rows_of(events)] == [0, 1]
 
@@ -317,7 +327,7 @@ def test_evaluation_is_queued_before_the_host_waits(fake_spec: Any) -> None:
     for k in (0, 2, 4):
         fetch = program.log.index(f"fetch {k}")
         assert program.log.index(f"eval {k + 2}") < fetch
-    assert program.log.index("fetch 0") < program.log.index("call 2")
+    assert program.log.index("call 2") < program.log.index("fetch 0")
 
 
 def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
@@ -332,7 +342,7 @@ def test_auto_pace_grows_and_shrinks(fake_spec: Any, monkeypatch: Any) -> None:
         return call(state, window, *args)
 
     monkeypatch.setattr(program.calls, "train", timed)
-    monkeypatch.setattr("runner.loop.time.perf_counter", lambda: now.seconds)
+    monkeypatch.setattr("runner.course.time.perf_counter", lambda: now.seconds)
     events = list(train(program))
     counts = [e.steps for e in events if isinstance(e, TrainRecord)]
     assert counts[0] == 8  # the first call is short, since nothing is known
@@ -440,7 +450,9 @@ def test_stop_at_any_moment(construct: str, reference: Any) -> None:
     seen = set()
     for moment in range(5):
         asked = iter(range(100))
-        *events, outcome = train(program, stop=lambda a=asked, m=moment: next(a) == m)
+        *events, outcome = train(
+            program, stop=lambda a=asked, m=moment: "enough" * (next(a) == m)
+        )
         assert outcome.status == "interrupted"
         assert outcome.step == int(outcome.state.step) == len(rows_of(events))
         assert rows_of(events) == rows_of(want)[: outcome.step]

@@ -810,7 +810,7 @@ def test_live_terminal_shows_them_too(probe: Probe) -> None:
             keys=key_rows(ledger),
         )
     )
-    end = RunEnd("completed", "", 0, 0.0, {}, None, ran.directory, Outputs(ran.arrays))
+    end = RunEnd("completed", "", 0, 0.0, {}, None, Outputs(ran.arrays))
     sink.finish(end)
     text = console.export_text()
     for key in ran.values["output/keys"]:

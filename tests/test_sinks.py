@@ -25,7 +25,7 @@ from rich.console import Console
 
 from runner.errors import ConfigError, RecordError
 from runner.records.events import EvalRecord, RunEnd, RunStart, StreamRow, TrainRecord
-from runner.records.metrics import MetricsWriter, read_metrics
+from runner.records.metrics import LineWriter, format_record, read_metrics
 from runner.sinks.base import Sinks, make_sinks
 from runner.sinks.jsonl import JsonlSink
 from runner.sinks.live import LiveSink
@@ -65,10 +65,10 @@ def start_of(directory: Path, **changes: Any) -> RunStart:
 
 
 def end_of(run: RunStart, **changes: Any) -> RunEnd:
-    """The end of such a run, with a ledger on the disk."""
-    ledger = run.directory / "keys"
-    ledger.mkdir(exist_ok=True)
-    (ledger / "plan.json").write_text("{}")
+    """The end of such a run, with a record on the disk."""
+    (run.directory / "keys").mkdir(exist_ok=True)
+    for name in ("run.json", "keys/ledger.json"):
+        (run.directory / name).write_text("{}")
     values = {
         "status": "completed",
         "reason": "",
@@ -76,7 +76,6 @@ def end_of(run: RunStart, **changes: Any) -> RunEnd:
         "seconds": 2.0,
         "metrics": {"train/loss": 0.25, "eval/accuracy": 0.75},
         "best": (0.875, 50),
-        "ledger": ledger,
     }
     return RunEnd(**(values | changes))
 
@@ -118,8 +117,9 @@ def test_float32_round_trip(bits: np.ndarray, first_step: int) -> None:
     values = bits.view(np.float32)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory, "metrics.jsonl")
-        writer = MetricsWriter(path)
-        writer.write(TrainRecord(first_step, {"loss": values, '50% "': -values}))
+        writer = LineWriter(path)
+        record = TrainRecord(first_step, {"loss": values, '50% "': -values})
+        writer.write(format_record(record))
         writer.close()
         rows = read_metrics(path)
     assert [row["step"] for row in rows] == [first_step + i for i in range(len(values))]
@@ -140,9 +140,9 @@ def test_lines_as_the_contract_says(tmp_path: Path) -> None:
 
 
 def test_one_write_per_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    writer, written, write = MetricsWriter(tmp_path / "m"), [], os.write
+    writer, written, write = LineWriter(tmp_path / "m"), [], os.write
     monkeypatch.setattr(os, "write", lambda f, b: written.append(write(f, b)) or len(b))
-    writer.write(chunk(0, 1000))
+    writer.write(format_record(chunk(0, 1000)))
     writer.close()
     assert written == [(tmp_path / "m").stat().st_size]
 
@@ -153,12 +153,12 @@ def test_unfinished_line(tmp_path: Path, tail: str) -> None:
     whole = '{"phase": "train", "step": 0, "loss": 1.0}\n'
     path.write_text(whole + tail)
     assert [row["step"] for row in read_metrics(path)] == [0]
-    writer = MetricsWriter(path)
-    writer.write(chunk(1, 1))
+    writer = LineWriter(path)
+    writer.write(format_record(chunk(1, 1)))
     writer.close()
     assert path.read_text().startswith(whole + '{"phase": "train", "step": 1, ')
     path.write_text(tail)
-    MetricsWriter(path).close()
+    LineWriter(path).close()
     assert path.read_text() == ""
 
 
@@ -174,10 +174,10 @@ def test_disk_errors(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"can't be read \(No such file"):
         read_metrics(tmp_path / "absent")
     with pytest.raises(RecordError, match=r"can't be written \(Is a directory"):
-        MetricsWriter(tmp_path)
+        LineWriter(tmp_path)
     if Path("/dev/full").exists():
         with pytest.raises(RecordError, match=r"can't be written \(No space left"):
-            MetricsWriter(Path("/dev/full")).write(chunk(0))
+            LineWriter(Path("/dev/full")).write(format_record(chunk(0)))
 
 
 # The fan-out
@@ -241,7 +241,7 @@ def test_all_disabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "disabled")
     spec = SinksSpec(terminal=TerminalSpec("disabled"))
     play(make_sinks(spec), start_of(tmp_path))
-    files = {"keys", "metrics.jsonl", "runner.log"}
+    files = {"keys", "metrics.jsonl", "run.json", "runner.log", "states.jsonl"}
     assert {p.name for p in tmp_path.iterdir()} == files
 
 
@@ -412,7 +412,7 @@ class Settings:
 class Table(Settings): pass
 class Artifact(Settings):
     def __init__(self, name, type): self.name = name
-    def add_dir(self, path, **options): self.path = path
+    def add_file(self, path, name, **options): self.path = path
 class Run:
     dir = "/somewhere/files"
     def __init__(self, options):
@@ -549,8 +549,12 @@ def test_real_wandb(own_child: Path, tmp_path: Path) -> None:
         (table,) = file.parent.glob("files/media/table/streams*.json")
         assert json.loads(table.read_text())["data"][0][:2] == ["dropout", "jax"]
         assert records["artifact"][-1]["name"] == f"ledger-{run.run_id}"
-        (entry,) = records["artifact"][-1]["manifest"]["contents"]
-        assert entry["local_path"] == str(run.directory / "keys" / "plan.json")
+        contents = records["artifact"][-1]["manifest"]["contents"]
+        staged = {entry["path"]: Path(entry["local_path"]) for entry in contents}
+        assert sorted(staged) == ["keys/ledger.json", "run.json"]  # what is there
+        for path in staged.values():
+            assert path.is_relative_to(run.directory / "wandb")
+            assert path.is_file()
         summary = {k: v for r in records["summary"] for k, v in r["update"].items()}
         assert summary["train/loss"] == 0.25
         assert summary["best/accuracy"] == 0.875

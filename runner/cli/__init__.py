@@ -4,10 +4,15 @@
     runner +experiment=NAME [overrides]      train (all of Hydra's flags work)
     runner plan +experiment=NAME [overrides] trace and report, run nothing
     runner keys RUN [--phase P] ...          every key that a recorded run used
+    runner reproduce RUN                     run again from its record; a verdict
+    runner resume RUN [train.steps=N]        go on where it was stopped
+    runner diff RUN RUN                      why are these two runs different
+    runner report RUN_OR_SWEEP...            one self-contained report.html
 
 Nothing here imports jax before it is needed.
 """
 
+import importlib
 import logging
 import os
 import signal
@@ -18,7 +23,9 @@ from collections.abc import Callable, Sequence
 from runner.cli.secrecy import blot
 from runner.errors import RunnerError
 
-__all__ = ["main", "print_last"]
+__all__ = ["VERBS", "main", "print_last"]
+
+VERBS = ("plan", "keys", "reproduce", "resume", "diff", "report")
 
 _INTERRUPTED = 130
 
@@ -53,14 +60,9 @@ def print_last(line: str) -> None:
 
 
 def _verb(args: list[str]) -> Callable[[list[str]], int]:
-    if args and args[0] == "plan":
-        from runner.cli.plan import main as plan
-
-        return lambda rest: plan(rest[1:])
-    if args and args[0] == "keys":
-        from runner.cli.keys import main as keys
-
-        return lambda rest: keys(rest[1:])
+    if args and args[0] in VERBS:
+        verb = importlib.import_module(f"runner.cli.{args[0]}").main
+        return lambda rest: int(verb(rest[1:]))
     from runner.cli.train import main as train
 
     return train
@@ -73,13 +75,21 @@ def _guarded(verb: Callable[[list[str]], int], args: list[str]) -> int:
         return verb(args)
     except RunnerError as error:
         if full:
-            print(blot(traceback.format_exc()), end="", file=sys.stderr)
-        print(f"error: {blot(str(error))}", file=sys.stderr)
+            _complain(traceback.format_exc().rstrip("\n"))
+        _complain(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # of ours or of a model's code: all that is known
-        print(blot(traceback.format_exc()), end="", file=sys.stderr)
-        print(f"error: {blot(f'{type(error).__name__}: {error}')}", file=sys.stderr)
+        _complain(traceback.format_exc().rstrip("\n"))
+        _complain(f"error: {type(error).__name__}: {error}")
         return 1
+
+
+def _complain(text: str) -> None:
+    """Lines on stderr; what comes from a record or a model can't steer the terminal."""
+    from runner.sinks.text import clean
+
+    for line in blot(text).split("\n"):
+        print(clean(line), file=sys.stderr)

@@ -9,29 +9,25 @@ from typing import Any
 
 from runner.cli.tables import print_table
 from runner.errors import ConfigError, RecordError, did_you_mean
-from runner.records.digests import digest_plain
-from runner.records.reading import open_run
+from runner.records.record import read_record
+from runner.sinks.text import clean
 from runner.spec import Phase
 
 __all__ = ["main"]
 
+_UNREPLAYABLE = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
 _SHOWN = ("run_id", "experiment", "status", "seed", "steps", "rng")
 
 
 def main(args: list[str]) -> int:
     """Prints the streams and keys of a run, as tables or as one JSON document."""
     options = _parser().parse_args(args)
-    files = open_run(options.run)
-    manifest, ledger = files.read_json("run.json"), files.read_json("keys/ledger.json")
+    record = read_record(options.run)
     try:
-        if digest_plain(ledger) != manifest["digests"]["keys"]:
-            raise RecordError(
-                f"{options.run}: keys/ledger.json is not the one that run.json has "
-                "the digest of. One of them was altered or damaged."
-            )
-        document = _document(manifest, ledger, options)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise RecordError(f"{options.run}: damaged ({error!r}).") from error
+        document = _document(record.manifest, record.ledger, options)
+    except _UNREPLAYABLE as error:
+        what = f"keys/ledger.json is damaged (it does not replay: {error!r})"
+        raise RecordError(f"{options.run}: {what}.") from error
     if options.json:
         json.dump(document, sys.stdout, indent=1)
         print()
@@ -98,7 +94,8 @@ def _is_wanted(draw: Any, options: argparse.Namespace) -> bool:
 
 def _print_tables(document: Any) -> None:
     run = document["run"]
-    print(f"{run['experiment']}  {run['run_id']}  {run['status']}  seed {run['seed']}")
+    shown = (run["experiment"], run["run_id"], run["status"], f"seed {run['seed']}")
+    print("  ".join(map(clean, shown)))
     print()
     print_table(
         ("stream", "kind", "phases", "per", "seed", "key"),

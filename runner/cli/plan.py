@@ -11,6 +11,7 @@ from omegaconf import open_dict
 from runner.cli.config import compose, read_composed
 from runner.cli.refusal import refusal_of
 from runner.cli.tables import print_table
+from runner.determinism import settle_backend
 from runner.errors import RunnerError
 from runner.sinks.text import clean
 
@@ -40,6 +41,7 @@ def main(args: list[str]) -> int:
     with open_dict(config):
         del config["hydra"]
     composed = read_composed(config, choices=choices)
+    settle_backend(composed.spec)
     from runner.compile import compile_run
 
     program = compile_run(composed.spec)
@@ -84,6 +86,7 @@ def _document(program: "Compiled") -> dict[str, Any]:
             for path, leaf in leaves
         ],
         "shardings": [],
+        "determinism": str(program.spec.determinism),
         "guarantee": {
             "level": str(guarantee.level),
             "reasons": list(guarantee.reasons),
@@ -110,6 +113,9 @@ def _print_tables(document: dict[str, Any]) -> None:
         f"{document['experiment']}: {document['steps']:,} steps, {total:,} parameters"
     )
     print(f"guarantee: {guarantee['level']}, {'; '.join(guarantee['reasons'])}")
+    if document["determinism"] == "strict":
+        kept = "kept" if guarantee["level"] == "bit-exact" else "refused when run"
+        print(f"determinism: strict, {kept}")
     inputs = ", ".join(f"{k} = {v:g}" for k, v in document["inputs"].items())
     print(f"inputs of the program: {inputs or 'none'}")
     if document["constants"]:

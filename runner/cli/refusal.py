@@ -5,11 +5,10 @@ import re
 from typing import Any
 
 from runner import CONF_DIR
+from runner.cli import VERBS
 from runner.errors import ConfigError, RunnerError, did_you_mean
 
 __all__ = ["refusal_of"]
-
-VERBS = ("plan", "keys")
 
 _UNKNOWN = re.compile(r"Could not override '([^']+)'")
 _THERE = re.compile(r"Could not append to config\. An item is already at '([^']+)'")

@@ -4,7 +4,6 @@
 import contextlib
 import itertools
 import os
-import signal
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,10 +18,10 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
-from runner.cli import print_last
 from runner.cli.config import HYDRA_VERSION_BASE, Composed, read_composed
 from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
+from runner.cli.running import conclude, make_program, stop_on_signals
 from runner.errors import RunFailedError, RunnerError
 
 if TYPE_CHECKING:
@@ -31,7 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Prepared", "main", "prepare"]
 
-_INTERRUPTED = 130
 _FLAGS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn"),
     *("--config-name", "-cd", "--config-dir", "--experimental-rerun"),
@@ -86,20 +84,13 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
     """Parses, builds, traces and audits a job; writes nothing.
 
     Raises:
-        RunnerError: the run can't be made, or its keys are hazardous.
+        RunnerError: the run can't be made, its keys are hazardous, or it is to be
+            strict and can't be.
     """
     composed = read_composed(config, choices=choices)
-    from runner.compile import compile_run
-    from runner.hazards.find import find_hazards, refuse_hazards
-    from runner.platforms import set_compile_cache
-    from runner.sinks.base import make_sinks
-
-    make_sinks(composed.spec.sinks)  # refuses what can't be opened
-    set_compile_cache(composed.spec.train.compile_cache)
-    program = compile_run(composed.spec)
-    hazards = find_hazards(program)
-    refuse_hazards(hazards, allow=composed.spec.rng.allow)
-    return Prepared(composed, program, hazards)
+    spec = composed.spec
+    program = make_program(spec, compile_cache=spec.train.compile_cache)
+    return Prepared(composed, *program)
 
 
 def _job(config: DictConfig) -> float | None:
@@ -126,20 +117,16 @@ def _run_job(config: DictConfig) -> float | None:
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
     write_hydra_files(directory, prepared.composed)
-    with _stop_signals() as stopped:
+    with stop_on_signals() as stop:
         recorded = record_run(
             prepared.program,
             directory=directory,
             hazards=prepared.hazards,
             secrets=prepared.composed.secrets,
             sweep=_sweep(job),
-            stop=lambda: bool(stopped),
+            stop=stop,
         )
-    print_last(str(directory))
-    if recorded.status == "interrupted":
-        raise SystemExit(_INTERRUPTED)
-    if recorded.status == "failed":
-        raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
+    conclude(recorded, directory)
     return recorded.objective
 
 
@@ -147,26 +134,6 @@ def _sweep(job: Any) -> dict[str, Any] | None:
     if job.mode != RunMode.MULTIRUN:
         return None
     return {"id": str(job.sweep.dir), "lane": job.job.num, "lanes": None, "mode": "job"}
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Notes SIGINT and SIGTERM in a list; a second one acts as it always does."""
-    seen: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        seen.append(number)
-        signal.signal(number, before[number])
-
-    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, note)
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager

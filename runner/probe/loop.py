@@ -15,29 +15,34 @@ from runner.keys import rng_flags
 from runner.ledger import expand, first_step, rng_of
 from runner.loop import Outcome, Snapshot, Watch
 from runner.probe.probe import Probe
-from runner.records.events import EvalRecord, KeyRow, Outputs, TrainRecord
+from runner.records.events import (
+    EvalRecord,
+    KeyRow,
+    Outputs,
+    StateRecord,
+    TrainRecord,
+)
 from runner.spec import Phase
 from runner.step import State
 
 __all__ = ["Event", "key_rows", "run_probe"]
 
-Event = TrainRecord | EvalRecord | Snapshot | Outputs | Outcome
+Event = TrainRecord | EvalRecord | StateRecord | Snapshot | Outputs | Outcome
 
-_STOPPED = "stopped by the user"
 _KEYS_SHOWN = 40
 
 
 def run_probe(
     probe: Probe,
     *,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], str] = lambda: "",
     watch: Watch | None = None,
 ) -> Iterator[Event]:
     """Runs a probe to its end, its first non-finite step, or `stop()`.
 
     Args:
         probe: What to run.
-        stop: Asked between updates; true ends the run as `interrupted`.
+        stop: Asked between updates; a reason ends the run as `interrupted`.
         watch: Compares the keys of a probe with `rng.observe`.
 
     Yields:
@@ -50,11 +55,11 @@ class _Loop:
     """The calls one after the other, and what has been learned from them."""
 
     def __init__(
-        self, probe: Probe, stop: Callable[[], bool], watch: Watch | None
+        self, probe: Probe, stop: Callable[[], str], watch: Watch | None
     ) -> None:
         self.probe, self.stop, self.watch = probe, stop, watch
         self.losses = _Losses()
-        self.reason = self.difference = ""
+        self.reason = self.difference = self.stopped = ""
 
     def run(self) -> Iterator[Event]:
         (state, self.batch, self.keys), observed = self.probe.start()
@@ -72,8 +77,7 @@ class _Loop:
                 yield self.losses.take_eval(step, self._call(state, step)[1])
             if _is_due(every, step) and step < self.probe.steps:
                 yield Snapshot(step, state)
-            if self.stop():
-                self._end(_STOPPED)
+            self._ask_to_stop()
         outputs, loss = self._call(state, step)
         if loss is not None and state.failed < 0:
             yield self.losses.take_eval(step, loss)
@@ -81,6 +85,10 @@ class _Loop:
         named = {**_named("variables", variables), **_named("output", outputs)}
         yield Outputs({**named, **self.losses.arrays()})
         yield self._outcome(state, step, time.perf_counter() - begun)
+
+    def _ask_to_stop(self) -> None:
+        if not self.reason:
+            self.reason = self.stopped = self.stop()
 
     def _update(self, state: State, step: int) -> tuple[State, Any]:
         update = self.probe.calls.update
@@ -108,7 +116,7 @@ class _Loop:
 
     def _outcome(self, state: State, step: int, seconds: float) -> Outcome:
         status = "failed" if self.reason else "completed"
-        if self.reason == _STOPPED and not self.difference:
+        if self.stopped and not self.difference:
             status = "interrupted"
         reason = self.difference or self.reason
         return Outcome(status, reason, step, state, seconds)
@@ -134,8 +142,8 @@ class _Losses:
         return {name: np.stack(values) for name, values in self._seen.items()}
 
 
-def _is_due(every: int | None, step: int) -> bool:
-    return every is not None and step % every == 0
+def _is_due(every: int | str | None, step: int) -> bool:
+    return isinstance(every, int) and step % every == 0
 
 
 def _named(prefix: str, tree: Any) -> dict[str, np.ndarray]:

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from runner.audit.trace import Trace
-from runner.keys import KeyPlan, derive_base_keys, make_rngs, rng_flags
+from runner.flags import trace_flags
+from runner.keys import KeyPlan, derive_base_keys, make_rngs
 from runner.model import Model, split_variables, trace_phase
 from runner.observe.observe import observe
 from runner.probe.declared import draw_arrays, host_uses, list_legacy_draws
@@ -148,7 +149,7 @@ class Probe:
     def calls(self) -> Calls:
         """The programs, compiled beside each other when first asked for."""
         args = self._shapes
-        with rng_flags(self.spec.rng):  # they count while a program is traced
+        with trace_flags(self.spec):  # they count while a program is traced
             lowered = [
                 self._jit(_make_setup(self)).lower(self._seeds, self.arrays),
                 self._jit(_make_update(self)).lower(*args) if self.steps else None,
@@ -169,7 +170,7 @@ class Probe:
 
     @cached_property
     def _shapes(self) -> tuple[State, Batch, dict[str, Any]]:
-        with rng_flags(self.spec.rng):
+        with trace_flags(self.spec):
             shapes: tuple[State, Batch, dict[str, Any]]
             shapes = jax.eval_shape(_make_setup(self), self._seeds, self.arrays)
         return shapes

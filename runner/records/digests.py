@@ -4,13 +4,20 @@
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from runner.records.files import canonical_json
 
-__all__ = ["digest_config", "digest_file", "digest_leaves", "digest_plain"]
+__all__ = [
+    "digest_config",
+    "digest_file",
+    "digest_leaves",
+    "digest_manifest",
+    "digest_plain",
+    "digest_stream",
+]
 
 
 def digest_plain(value: Any) -> str:
@@ -29,6 +36,11 @@ def _as_pairs(value: Any) -> Any:
     return list(map(_as_pairs, value)) if isinstance(value, list | tuple) else value
 
 
+def digest_manifest(manifest: Mapping[str, Any]) -> str:
+    """SHA-256 hex of all of `run.json` but its `digest`, where this stands."""
+    return digest_plain({k: v for k, v in manifest.items() if k != "digest"})
+
+
 def digest_leaves(leaves: dict[str, np.ndarray]) -> str:
     """SHA-256 hex of named arrays: names in order, each with dtype, shape, bytes."""
     digest = hashlib.sha256()
@@ -43,4 +55,12 @@ def digest_leaves(leaves: dict[str, np.ndarray]) -> str:
 def digest_file(path: Path) -> str:
     """SHA-256 hex of a file's bytes."""
     with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return digest_stream(stream)
+
+
+def digest_stream(stream: IO[bytes]) -> str:
+    """SHA-256 hex of what is left of a stream."""
+    digest = hashlib.sha256()
+    while block := stream.read(2**20):
+        digest.update(block)
+    return digest.hexdigest()

@@ -15,6 +15,7 @@ __all__ = [
     "Outputs",
     "RunEnd",
     "RunStart",
+    "StateRecord",
     "StreamRow",
     "TrainRecord",
 ]
@@ -113,6 +114,22 @@ class EvalRecord:
 
 
 @dataclass(frozen=True)
+class StateRecord:
+    """What step `step` starts from, in few words.
+
+    Args:
+        step: The step about to run.
+        batches: SHA-256 hex over the row numbers of the steps since the last such
+            record, and over what that one says here.
+        state: Hex of `runner.fingerprint` over the state.
+    """
+
+    step: int
+    batches: str
+    state: str
+
+
+@dataclass(frozen=True)
 class Outputs:
     """What came out of a probe, by flat names: `output`, `variables/params/...`."""
 
@@ -130,7 +147,6 @@ class RunEnd:
         seconds: Wall time from the first step's start to the last one's end.
         metrics: Last value of each metric, as `train/loss`, `eval/accuracy`.
         best: Best value of the objective, and the step it belongs to; or None.
-        ledger: Directory of the key ledger.
         outputs: What came out of a probe; None for a run that trains.
         observed: How the keys of the running program compare with the ledger, in
             words; empty where they were not observed.
@@ -142,6 +158,5 @@ class RunEnd:
     seconds: float
     metrics: Mapping[str, float]
     best: tuple[float, int] | None
-    ledger: Path
     outputs: Outputs | None = None
     observed: str = ""

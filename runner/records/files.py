@@ -12,17 +12,25 @@ from typing import Any
 
 from runner.errors import RecordError
 
-__all__ = ["canonical_json", "claim_directory", "read_json", "write_atomically"]
+__all__ = [
+    "canonical_json",
+    "claim_directory",
+    "clear_unfinished",
+    "lock_directory",
+    "sync",
+    "write_atomically",
+]
 
 
 def claim_directory(path: Path, *, exact: bool, field: str = "hydra.run.dir") -> Path:
     """Makes a directory that no other run has, by an exclusive `mkdir`.
 
+    It is locked until this process ends.
+
     Args:
         path: The wanted name.
         exact: Refuse when it holds a run already, instead of trying `path-1`,
-            `path-2`, ... An existing directory without a run is then taken, and
-            locked until this process ends.
+            `path-2`, ... An existing directory without a run is then taken.
         field: Config path that named it, for messages.
 
     Raises:
@@ -36,6 +44,7 @@ def claim_directory(path: Path, *, exact: bool, field: str = "hydra.run.dir") ->
             wanted = path if n == 0 else path.with_name(f"{path.name}-{n}")
             with contextlib.suppress(FileExistsError):
                 wanted.mkdir()
+                lock_directory(wanted)
                 return wanted
     except OSError as error:
         raise RecordError(
@@ -52,49 +61,61 @@ def _claim_exactly(path: Path, field: str) -> Path:
             f"{field}: holds a run already (got {str(path)!r}). "
             f"Set {field} to a new directory."
         )
+    if not lock_directory(path):
+        raise RecordError(
+            f"{field}: holds a run already, just begun (got {str(path)!r}). "
+            f"Set {field} to a new directory."
+        )
+    with tempfile.TemporaryFile(dir=path):  # can it be written?
+        return path
+
+
+def lock_directory(path: Path) -> bool:
+    """Locks a directory until this process ends; false where another one has.
+
+    Raises:
+        OSError: it can't be opened, or its file system knows no locks.
+    """
     lock = os.open(path, os.O_RDONLY)  # open, so locked, for as long as we live
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(lock)
-        raise RecordError(
-            f"{field}: holds a run already, just begun (got {str(path)!r}). "
-            f"Set {field} to a new directory."
-        ) from None
-    with tempfile.TemporaryFile(dir=path):  # can it be written?
-        return path
+        return False
+    return True
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole: readers see the old content or the new one."""
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
-    with new.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(directory)
+        with new.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
+    new.replace(path)
+    sync(path.parent)
+
+
+def clear_unfinished(directory: Path) -> None:
+    """Deletes what a kill has left of `write_atomically`; the directory is ours."""
+    for path in directory.glob(".*.new"):
+        path.unlink()
+
+
+def sync(path: Path) -> None:
+    """Waits until the disk has a file, or the names in a directory."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
     finally:
-        os.close(directory)
+        os.close(opened)
 
 
 def canonical_json(value: Any) -> str:
     """One spelling for equal values: sorted keys, no spaces, strict JSON."""
     value = json.loads(json.dumps(value, allow_nan=False))  # numbers as keys: strings
     return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def read_json(path: Path) -> Any:
-    """The value of a JSON file.
-
-    Raises:
-        RecordError: it is absent, unreadable or not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecordError(f"{path}: can't be read ({error.strerror}).") from error
-    except ValueError as error:
-        raise RecordError(f"{path}: not JSON, so damaged ({error}).") from error

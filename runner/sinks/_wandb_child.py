@@ -82,11 +82,11 @@ class _Run:
         self._stage_here()
         self.run.log({}, commit=True)  # else the last row comes after the summary
         self.run.summary.update(closing["summary"])
-        if os.path.isdir(closing["ledger"]):
-            ledger = wandb.Artifact(f"ledger-{self.run_id}", type="ledger")
-            # `immutable`: no copy of what is never changed again
-            ledger.add_dir(closing["ledger"], skip_cache=True, policy="immutable")
-            self.run.log_artifact(ledger)
+        if closing["record"]:
+            record = wandb.Artifact(f"ledger-{self.run_id}", type="ledger")
+            for name, path in closing["record"].items():  # a resumed run changes them
+                record.add_file(path, name=name, skip_cache=True, policy="mutable")
+            self.run.log_artifact(record)
         self.run.finish(exit_code=closing["exit_code"])
 
     def _init(self, mode: Any, *, run_id: str) -> Any:

@@ -9,7 +9,14 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from runner.records.events import EvalRecord, RunEnd, RunStart, TrainRecord
+from runner.records.events import (
+    EvalRecord,
+    RunEnd,
+    RunStart,
+    StateRecord,
+    TrainRecord,
+)
+from runner.records.metrics import Written
 from runner.sinks.jsonl import JsonlSink
 from runner.spec import SinksSpec
 
@@ -39,7 +46,7 @@ class Sinks:
         mirrors: The others, by their name under `sinks` in the config.
     """
 
-    def __init__(self, record: Sink, mirrors: dict[str, Sink]) -> None:
+    def __init__(self, record: JsonlSink, mirrors: dict[str, Sink]) -> None:
         self._record, self._mirrors = record, mirrors
         self._started = False
 
@@ -53,14 +60,24 @@ class Sinks:
         self._started = True
         self._each(lambda sink: sink.start(run))
 
-    def write(self, record: TrainRecord | EvalRecord) -> None:
-        """Hands on a record.
+    def write(self, record: TrainRecord | EvalRecord | StateRecord) -> None:
+        """Hands on a record; digests of the state are for the record alone.
 
         Raises:
             RecordError: the record can't be written.
         """
         self._record.write(record)
+        if isinstance(record, StateRecord):
+            return
         self._each(lambda sink: sink.write(record))
+
+    def sync(self) -> dict[str, Written]:
+        """What the files of the record hold, when the disk has it.
+
+        Raises:
+            RecordError: the disk does not take it.
+        """
+        return self._record.sync()
 
     def finish(self, end: RunEnd) -> None:
         """Closes all; call it whatever happened, it gives the terminal back.

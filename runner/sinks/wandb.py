@@ -19,6 +19,10 @@ from runner.spec import WandbSpec
 
 __all__ = ["WandbSink", "make_wandb_sink"]
 
+_RECORD = (  # all that `reproduce` needs
+    *("run.json", "config.yaml", "keys/ledger.json"),
+    *("metrics.jsonl", "states.jsonl", "outputs.npz"),
+)
 _EXIT_CODES = {"completed": 0, "interrupted": 130}
 _MODES = {
     "": "offline",
@@ -54,14 +58,15 @@ class WandbSink:
             self._send("rows", rows)
 
     def finish(self, end: RunEnd) -> None:
-        """Sends summary and ledger, and waits a bounded time until all is kept."""
+        """Sends summary and record, and waits a bounded time until all is kept."""
         summary = {**end.metrics, "status": end.status, "steps": end.steps}
         if end.best is not None:
             name = f"best/{self._run.objective}"
             summary |= {name: end.best[0], f"{name}_step": end.best[1]}
+        files = {name: self._run.directory / name for name in _RECORD}
         closing = {
             "summary": summary | {"seconds": end.seconds},
-            "ledger": str(end.ledger.resolve()),
+            "record": {n: str(p.resolve()) for n, p in files.items() if p.is_file()},
             "exit_code": _EXIT_CODES.get(end.status, 1),
         }
         self._send("finish", closing)

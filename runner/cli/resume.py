@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`runner resume RUN [train.steps=N]`: goes on where a run was stopped."""
+
+import argparse
+from pathlib import Path
+
+from runner.cli.changes import parse_changes
+from runner.cli.running import conclude, keep_log, make_program, stop_on_signals
+from runner.cli.secrecy import keep_secret
+from runner.determinism import restore_platform
+from runner.errors import RecordError
+from runner.records.files import lock_directory
+from runner.records.record import Record, read_record
+from runner.records.secrets import find_secrets
+from runner.spec import ProbeSpec, RunSpec
+
+__all__ = ["main"]
+
+
+def main(args: list[str]) -> int:
+    """Continues a run in its own directory, bit for bit."""
+    options = _parser().parse_intermixed_args(args)
+    changes = parse_changes(options.changes)
+    record = _lock(options.run)
+    from runner.replay.changes import IN_RESUME, spec_of
+
+    spec = spec_of(
+        record,
+        trusted=tuple(options.trust),
+        changes=changes,
+        may_change=IN_RESUME,
+    )
+    if isinstance(spec.task, ProbeSpec):
+        what = "a probe has nothing to go on from"
+        raise RecordError(f"{options.run}: {what}. Use reproduce to run it again.")
+    cache = spec.train.compile_cache
+    if cache is not None and "train.compile_cache" not in changes:
+        cache = "auto"  # a directory that a record names may be anyone's
+    return _resume(record, spec, compile_cache=cache)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="runner resume", description=__doc__)
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "changes", nargs="*", metavar="PATH=VALUE", help="train.steps=N, sinks.*, ..."
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PKG",
+        help="a package whose `_target_`s may be built",
+    )
+    return parser
+
+
+def _lock(run: str) -> Record:
+    """Reads the record once nobody else writes it."""
+    directory = Path(run).expanduser()
+    if directory.is_file():
+        what = "an archive can't be written to"
+        raise RecordError(f"{run}: {what}. Unpack it, and resume the directory.")
+    if (directory / "run.json").is_file() and not lock_directory(directory):
+        what = "another process is writing it"
+        raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
+    return read_record(run)
+
+
+def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
+    restore_platform(record.manifest["platform"])
+    program, hazards = make_program(spec, compile_cache=compile_cache)
+    from runner.program import Program
+    from runner.recording import record_run
+    from runner.replay.resuming import find_resumption
+
+    assert isinstance(program, Program)  # no probe
+    resumption = find_resumption(record, program)
+    directory = record.files.directory
+    assert directory is not None  # locked
+    plain = dict(record.config)
+    with keep_log(directory), stop_on_signals() as stop:
+        recorded = record_run(
+            program,
+            directory=directory,
+            hazards=hazards,
+            secrets=keep_secret(find_secrets(plain, plain)),
+            resumption=resumption,
+            stop=stop,
+        )
+    conclude(recorded, directory)
+    return 0

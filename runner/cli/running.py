@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every verb that runs a program does around it: signals, its log, its end."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from runner.cli import print_last
+from runner.cli.secrecy import BlottingFormatter
+from runner.determinism import settle_backend
+from runner.errors import RunFailedError
+from runner.spec import RunSpec
+
+if TYPE_CHECKING:
+    from runner.hazards.find import Hazard
+    from runner.program import Compiled
+    from runner.recording import Recorded
+
+__all__ = ["conclude", "keep_log", "make_program", "stop_on_signals"]
+
+_INTERRUPTED = 130
+_STOPPED = "stopped by the user"
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"  # as Hydra's job_logging/runner.yaml
+
+
+def conclude(recorded: "Recorded", directory: Path) -> None:
+    """Says where the run is, and leaves with what its status asks for."""
+    print_last(str(directory))
+    if recorded.status == "interrupted":
+        raise SystemExit(_INTERRUPTED)
+    if recorded.status == "failed":
+        raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
+
+
+def make_program(
+    spec: RunSpec, *, compile_cache: str | None
+) -> "tuple[Compiled, tuple[Hazard, ...]]":
+    """Builds, traces and audits a run, and what was found of hazards; writes nothing.
+
+    Args:
+        spec: The run.
+        compile_cache: `train.compile_cache`, or another one than the spec's: what is
+            compiled comes from it and runs, so that a record does not choose it.
+
+    Raises:
+        RunnerError: the run can't be made, its keys are hazardous, or it is to be
+            strict and can't be.
+    """
+    settle_backend(spec)
+    from runner.compile import compile_run
+    from runner.guarantee import refuse_below_strict
+    from runner.hazards.find import find_hazards, refuse_hazards
+    from runner.platforms import set_compile_cache
+    from runner.sinks.base import make_sinks
+
+    make_sinks(spec.sinks)  # refuses what can't be opened
+    set_compile_cache(compile_cache)
+    program = compile_run(spec)
+    hazards = find_hazards(program)
+    refuse_hazards(hazards, allow=spec.rng.allow)
+    refuse_below_strict(program)
+    return program, hazards
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Callable[[], str]]:
+    """Yields what says why to stop: after SIGINT or SIGTERM, that the user wants it.
+
+    A second signal acts as it always does.
+    """
+    seen: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        signal.signal(number, before[number])
+
+    numbers = (int(signal.SIGINT), int(signal.SIGTERM))
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield lambda: _STOPPED if seen else ""
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def keep_log(directory: Path) -> Iterator[None]:
+    """Appends what is logged to `runner.log`, and shows warnings, as in training."""
+    file = logging.FileHandler(directory / "runner.log")
+    file.setFormatter(BlottingFormatter(_FORMAT))
+    console = logging.StreamHandler()
+    console.setFormatter(BlottingFormatter("%(levelname)s: %(message)s"))
+    console.setLevel(logging.WARNING)
+    root, ours = logging.getLogger(), logging.getLogger("runner")
+    before, level = ours.level, root.level
+    root.setLevel(logging.WARNING)
+    ours.setLevel(logging.INFO)
+    for handler in (file, console):
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, console):
+            root.removeHandler(handler)
+        file.close()
+        ours.setLevel(before)
+        root.setLevel(level)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a recorded config to a spec. A logged config is data; nothing in it is run."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from runner.errors import ConfigError, did_you_mean
+from runner.records.record import Record
+from runner.records.secrets import SECRET
+from runner.spec import RunSpec, parse_spec
+
+__all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "spec_of"]
+
+Changes = Mapping[str, Any]
+
+_ELSEWHERE = ("data.path", "data.target_path", "train.steps_per_call")
+IN_REPRODUCE = (*_ELSEWHERE, "train.compile_cache")
+IN_RESUME = (
+    *IN_REPRODUCE,
+    "train.steps",
+    "sinks",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.keep_best",
+)
+
+
+def spec_of(
+    record: Record,
+    *,
+    trusted: tuple[str, ...] = (),
+    changes: Changes | None = None,
+    may_change: tuple[str, ...] = (),
+    fixed: Changes | None = None,
+) -> RunSpec:
+    """What a record says was run.
+
+    Args:
+        record: The record; its own `trusted` list does not count.
+        trusted: Packages that the person at the keyboard trusts.
+        changes: What that person wants otherwise, by config path.
+        may_change: Paths that `changes` may name, with all that is below them; and
+            any value that the record does not hold.
+        fixed: What is otherwise in any case, by config path.
+
+    Raises:
+        ConfigError: the config breaks a rule, or a change is not allowed.
+    """
+    config: Any = copy.deepcopy(record.config)
+    unknown = dict(_not_held(config))
+    _refuse_changes(config, changes or {}, unknown, may_change)
+    for path, value in {**(fixed or {}), **(changes or {})}.items():
+        _put(config, path, value)
+    config["trusted"] = list(trusted)
+    for path, value in _not_held(config):
+        raise ConfigError(
+            path,
+            "the record does not hold the value, only where it came from",
+            got=value,
+            fix=f"Give it: {path}=VALUE",
+        )
+    return parse_spec(config)
+
+
+def _refuse_changes(
+    config: Any, changes: Changes, unknown: Changes, may_change: tuple[str, ...]
+) -> None:
+    refused = [
+        path
+        for path, value in changes.items()
+        if not any(path == p or path.startswith(f"{p}.") for p in may_change)
+        and path not in unknown
+        and _at(config, path) != value
+    ]
+    if refused:
+        raise ConfigError(
+            ", ".join(refused),
+            "would make it another run",
+            got=", ".join(f"{p}={changes[p]}" for p in refused),
+            allowed=f"May change: {', '.join(may_change)}",
+            fix="Start a new run for that",
+        )
+
+
+def _at(config: Any, path: str) -> Any:
+    for name in path.split("."):
+        config = _child(config, name, path)
+    return config
+
+
+def _put(config: Any, path: str, value: Any) -> None:
+    *parents, leaf = path.split(".")
+    for name in parents:
+        config = _child(config, name, path)
+    _child(config, leaf, path)
+    config[leaf] = value
+
+
+def _child(config: Any, name: str, path: str) -> Any:
+    if not isinstance(config, dict) or name not in config:
+        known = [str(key) for key in config] if isinstance(config, dict) else []
+        allowed = f"Known: {', '.join(known)}" if known else None
+        fix = did_you_mean(name, known)
+        raise ConfigError(path, "unknown key", allowed=allowed, fix=fix)
+    return config[name]
+
+
+def _not_held(config: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Secrets and interpolations: leaves that stand for a value, by their paths."""
+    if isinstance(config, dict):
+        for key, value in config.items():
+            yield from _not_held(value, f"{path}.{key}" if path else str(key))
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from _not_held(value, f"{path}[{i}]")
+    elif isinstance(config, str) and (SECRET in config or "${" in config):
+        yield path, config

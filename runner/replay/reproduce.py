@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs a record again in a directory of its own, and says what came of it."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from runner.hazards.find import Hazard
+from runner.probe.probe import Probe
+from runner.program import Compiled
+from runner.recording import facts_of_process, record_run
+from runner.records.arrays import read_arrays
+from runner.records.record import Record, read_record
+from runner.records.restore import (
+    check_written,
+    list_saved,
+    read_saved,
+    restore_leaves,
+)
+from runner.records.secrets import Secrets
+from runner.replay.compare import Replay
+from runner.replay.environment import Cause, Difference, compare_environments
+from runner.replay.sameness import check_data, compare_keys
+from runner.replay.verdict import Check, LeafDifference, Reached, Verdict
+from runner.sinks.jsonl import FILES
+from runner.spec import RunSpec
+
+__all__ = ["check_files", "reproduce", "shorten"]
+
+_ROOM = 2**20  # bytes: a checkpoint may hold a little more than this one
+_OTHER_MACHINE = frozenset(Cause) - {Cause.GENERATOR, Cause.CODE, Cause.NONE}
+
+
+def shorten(spec: RunSpec, record: Record, *, steps: int | None) -> RunSpec:
+    """The spec of the steps that can be compared; at most as many as asked for.
+
+    A run that did not complete is compared as far as its metrics go.
+    """
+    is_whole = record.manifest["status"] == "completed"
+    there = spec.train.steps if is_whole else max(record.trained, 1)
+    least = min(spec.train.steps, there, steps or there)
+    return replace(spec, train=replace(spec.train, steps=least))
+
+
+def check_files(record: Record) -> None:
+    """Reads what `read_record` has not: every file that has a digest.
+
+    Raises:
+        RecordError: one of them is missing, altered or damaged.
+    """
+    _ = record.metrics, record.states
+    if record.check_file("outputs", "outputs.npz") is not None:
+        _arrays_of(record)
+    contents = {name: record.files.read(file) or b"" for name, file in FILES.items()}
+    for step in list_saved(record.files):
+        saved = read_saved(record.files, step, run_id=record.manifest["run_id"])
+        check_written(saved, contents, run=record.name)
+
+
+def reproduce(
+    record: Record,
+    program: Compiled,
+    *,
+    directory: Callable[[], Path],
+    hazards: tuple[Hazard, ...],
+    secrets: Secrets,
+    stop: Callable[[], str],
+    restored: Mapping[str, str],
+) -> Verdict:
+    """Runs a record again as far as can be compared, and compares it on the way.
+
+    Args:
+        record: The record; all its files are checked.
+        program: It, compiled here as `shorten` has it.
+        directory: Makes the directory of the new run, when there is to be one.
+        hazards: What `find_hazards` found.
+        secrets: What must not be written.
+        stop: Why the user wants it to stop; empty while it goes on.
+        restored: What was set for this process to be like the record's machine.
+
+    Raises:
+        ConfigError: the data are not those of the record.
+        RunFailedError: the new run can't be recorded.
+    """
+    check_data(record, program)
+    here = facts_of_process(program.spec)
+    environment = compare_environments(record.manifest, here)
+    checks = [_check_generator(environment), compare_keys(record, program)]
+    if not all(check.equal for check in checks):
+        return _verdict(record, checks, environment)
+    checks.append(Check("data", True, "digest of all rows"))
+    goes_on = any(each.cause in _OTHER_MACHINE for each in environment)
+    replay, where = Replay(record, goes_on=goes_on), directory()
+    record_run(
+        program,
+        directory=where,
+        hazards=hazards,
+        secrets=secrets,
+        parent={
+            "run_id": record.manifest["run_id"],
+            "verb": "reproduce",
+            "steps": program.steps,
+        },
+        stop=lambda: stop() or replay.stop(),
+        listen=replay.take,
+    )
+    made = read_record(str(where))
+    params, at_end = _compare_params(record, made)
+    checks += _checks_of(replay)
+    checks += [params] if program.steps else []
+    checks += [_compare_outputs(record, made)] if isinstance(program, Probe) else []
+    verdict = _verdict(record, checks, environment, replay, made, at_end)
+    return replace(verdict, restored=dict(restored))
+
+
+def _check_generator(environment: tuple[Difference, ...]) -> Check:
+    other = [str(each) for each in environment if each.cause is Cause.GENERATOR]
+    what = "bits, uniform, normal and permutation of a fixed key"
+    return Check("generator", not other, what, "; ".join(other))
+
+
+def _checks_of(replay: Replay) -> Iterator[Check]:
+    units = {
+        "batches": "digests of row numbers",
+        "train": "steps, every bit",
+        "eval": "evaluations, every bit",
+        "states": "fingerprints of the state",
+    }
+    for name, unit in units.items():
+        found = replay.compared[name]
+        if found.number:
+            what = f"{found.number:,} {unit}"
+            yield Check(name, not found.differ, what, str(found))
+
+
+def _compare_params(
+    record: Record, made: Record
+) -> tuple[Check, LeafDifference | None]:
+    """The parameters after the last step of the new run, where the record has them."""
+    step = made.manifest["steps"]
+    is_end = record.manifest["steps"] == step and record.digests.get("params")
+    if is_end and record.digests["params"] == made.digests["params"]:
+        return Check("params", True, f"all bits after {step:,} steps"), None
+    if step not in list_saved(record.files):
+        if is_end:
+            return Check("params", False, "their digest", "another digest"), None
+        return Check("params", None, f"none recorded after {step:,} steps"), None
+    here = restore_leaves(made.files, step)
+    most = sum(leaf.nbytes for leaf in here.values()) + _ROOM
+    there = restore_leaves(record.files, step, most=most)
+    leaves = [_params_of(each) for each in (there, here)]
+    found = _compare_leaves(*leaves)
+    what = f"{len(leaves[0]):,} arrays after {step:,} steps"
+    return Check("params", found is None, what, str(found or "")), found
+
+
+def _params_of(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {n: v for n, v in leaves.items() if n.startswith("params/")}
+
+
+def _compare_leaves(
+    recorded: Mapping[str, np.ndarray], here: Mapping[str, np.ndarray]
+) -> LeafDifference | None:
+    names = sorted({*recorded, *here})
+    other = [n for n in names if not _same_array(recorded.get(n), here.get(n))]
+    if not other:
+        return None
+    size = _largest(recorded.get(other[0]), here.get(other[0]))
+    return LeafDifference(other[0], size, len(other), len(names))
+
+
+def _same_array(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
+    return a.tobytes() == b.tobytes()
+
+
+def _largest(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
+    if a is None or b is None or a.shape != b.shape or not a.size:
+        return None
+    size = float(np.max(np.abs(b.astype(np.float64) - a.astype(np.float64))))
+    return size if math.isfinite(size) else None
+
+
+def _compare_outputs(record: Record, made: Record) -> Check:
+    if not record.digests.get("outputs") or not made.digests.get("outputs"):
+        return Check("outputs", None, "none recorded")
+    if record.digests["outputs"] == made.digests["outputs"]:
+        return Check("outputs", True, "all bits of outputs.npz")
+    found = _compare_leaves(_arrays_of(record), _arrays_of(made))
+    return Check("outputs", False, "arrays of outputs.npz", str(found or "its bytes"))
+
+
+def _arrays_of(record: Record) -> dict[str, np.ndarray]:
+    content = record.files.read("outputs.npz") or b""
+    return read_arrays(content, name=f"{record.name}: outputs.npz")
+
+
+def _verdict(
+    record: Record,
+    checks: list[Check],
+    environment: tuple[Difference, ...],
+    replay: Replay | None = None,
+    made: Record | None = None,
+    params: LeafDifference | None = None,
+) -> Verdict:
+    level = _level(checks)
+    manifest = record.manifest
+    names = ("run_id", "experiment", "status")
+    return Verdict(
+        level=level,
+        promised=str(manifest["guarantee"].get("level")),
+        reason=_reason(level, checks, environment, replay),
+        run={"name": record.name, **{name: manifest[name] for name in names}},
+        directory=str(made.files.directory) if made else None,
+        steps=replay.compared["train"].number if replay else 0,
+        recorded=record.trained,
+        checks=tuple(checks),
+        first=replay.first if replay else None,
+        largest=tuple(replay.largest.values()) if replay else (),
+        params=params,
+        environment=environment,
+    )
+
+
+_KEYS = ("generator", "keys", "data", "batches")
+
+
+def _level(checks: list[Check]) -> Reached:
+    if any(check.equal is False for check in checks if check.what in _KEYS):
+        return Reached.DIFFERENT
+    floats = [check.equal for check in checks if check.what not in _KEYS]
+    if any(equal is False for equal in floats) or True not in floats:
+        return Reached.KEY_EXACT
+    return Reached.BIT_EXACT
+
+
+def _reason(
+    level: Reached,
+    checks: list[Check],
+    environment: tuple[Difference, ...],
+    replay: Replay | None,
+) -> str:
+    causes = [each for each in environment if each.cause is not Cause.NONE]
+    why = "; ".join(map(str, causes[:3])) or "nothing that was recorded says why"
+    if level is Reached.BIT_EXACT:
+        return "every bit that was compared is as recorded"
+    if level is Reached.DIFFERENT:
+        found = next(c for c in checks if c.equal is False and c.what in _KEYS)
+        what = f"{found.what} differ{'s' if found.what == 'generator' else ''}"
+        return f"{what}: {found.found}" + (
+            "" if found.what == "generator" else f". {why}"
+        )
+    others = [check for check in checks if check.equal is False]
+    if not others:
+        return "keys are as recorded; there was no number to compare"
+    first = replay and replay.first
+    where = str(first) if first else f"{others[0].what}: {others[0].found}"
+    return f"keys and draws are as recorded; floats differ from {where}. {why}"
