@@ -5,6 +5,7 @@ RunnerError                 a user's mistake, told in one line; exit code 2
   ConfigError               a config leaf that breaks a rule
     UnknownStreamError      a stream that nobody declared
     TargetError             a `_target_` that may not, or can not, be built
+      UntrustedTargetError  one of a package that nobody trusts
     DataError               a data set that is absent, damaged or misshapen
   RecordError               a run directory that can't be claimed or read
     AlteredRecordError      a file of a record that is not the one that was written
@@ -26,6 +27,7 @@ __all__ = [
     "RunnerError",
     "TargetError",
     "UnknownStreamError",
+    "UntrustedTargetError",
     "did_you_mean",
 ]
 
@@ -72,6 +74,10 @@ class UnknownStreamError(ConfigError):
 
 class TargetError(ConfigError):
     """A `_target_` that is untrusted, missing, of the wrong kind or misused."""
+
+
+class UntrustedTargetError(TargetError):
+    """A `_target_` of a package that is not ours and that nobody named as trusted."""
 
 
 class DataError(ConfigError):

@@ -3,11 +3,9 @@
 
 import contextlib
 import dataclasses
-import datetime
 import json
 import logging
 import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +14,14 @@ import jax
 import numpy as np
 import yaml
 
-from runner import __version__
 from runner.comparison.compare import Comparison
 from runner.course import BEGINNING, Start
 from runner.errors import RunFailedError
-from runner.guarantee import guarantee_of
 from runner.hazards.find import Hazard
-from runner.keys import draw_canary, is_key, rng_flags
+from runner.keys import is_key
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
+from runner.manifest import first_manifest, now, take_over
 from runner.parse import to_plain
 from runner.probe.loop import Event, key_rows, run_probe
 from runner.probe.probe import Probe
@@ -32,13 +29,10 @@ from runner.program import Compiled, Program
 from runner.records.arrays import write_arrays
 from runner.records.checkpoint import FOLDER, Checkpoints, Saved
 from runner.records.digests import (
-    digest_config,
     digest_file,
     digest_leaves,
     digest_manifest,
-    digest_plain,
 )
-from runner.records.environment import read_git, read_platform, read_versions
 from runner.records.events import (
     EvalRecord,
     Outputs,
@@ -48,15 +42,14 @@ from runner.records.events import (
     TrainRecord,
 )
 from runner.records.files import clear_unfinished, sync, write_atomically
-from runner.records.record import NEXT, SCHEMA
+from runner.records.record import NEXT
 from runner.records.restore import named_leaves
 from runner.records.secrets import Secrets
 from runner.sinks.base import Sinks, make_sinks
 from runner.sinks.jsonl import FILES
-from runner.spec import RunSpec
 from runner.step import State
 
-__all__ = ["Recorded", "Resumption", "facts_of_process", "record_run"]
+__all__ = ["Recorded", "Resumption", "record_run"]
 
 _RESERVE_FILE = ".reserve"
 _RESERVE = 2**14  # bytes set aside: a full disk still takes the last manifest
@@ -88,6 +81,8 @@ class Resumption:
         metrics: Last value of each metric before it, as `train/loss`.
         sizes: Bytes that stay of each file that the sinks append to.
         saved: The checkpoints up to there.
+        mixed: What is another here than where the steps before it were taken; empty
+            where that changes no bit.
         notes: What is worth a line: what was passed over, and why.
     """
 
@@ -96,24 +91,8 @@ class Resumption:
     metrics: Mapping[str, float]
     sizes: Mapping[str, int]
     saved: Mapping[int, Saved]
+    mixed: str = ""
     notes: tuple[str, ...] = ()
-
-
-def facts_of_process(spec: RunSpec) -> dict[str, Any]:
-    """What a run's bits may depend on besides its config, as `run.json` has it."""
-    with rng_flags(spec.rng):
-        canary = draw_canary(str(spec.rng.impl))
-    return {
-        "versions": {"runner": __version__, **read_versions()},
-        "platform": read_platform(),
-        "git": read_git(Path.cwd()),
-        "rng": {
-            "impl": str(spec.rng.impl),
-            "partitionable": spec.rng.partitionable,
-            "fix_separator": spec.rng.fix_separator,
-            "canary": canary,
-        },
-    }
 
 
 def record_run(
@@ -175,11 +154,15 @@ class _Recording:
             self._take_eval(record)
 
     def open_manifest(self, *, sweep: Any, parent: Any) -> None:
-        self.manifest = self._first_manifest()
+        self.manifest = first_manifest(
+            self.program, config=self.config, ledger=self.ledger, hazards=self.hazards
+        )
         if self.resumption is None:
             self.manifest |= {"sweep": sweep, "parent": parent}
         else:
-            self._take_over(self.resumption.manifest)
+            before, mixed = self.resumption.manifest, self.resumption.mixed
+            step = self.start.step
+            self.manifest = take_over(self.manifest, before, step=step, mixed=mixed)
         checkpoint, metric = self.program.spec.checkpoint, self.program.spec.objective
         self.checkpoints = Checkpoints(
             self.directory / FOLDER,
@@ -188,15 +171,6 @@ class _Recording:
             keep_best=checkpoint.keep_best,
             best=self.program.spec.task.metrics[metric],
         )
-
-    def _take_over(self, before: Mapping[str, Any]) -> None:
-        """It stays the run that it was; all else is what holds now."""
-        same = ("run_id", "started", "sweep")
-        self.manifest |= {name: before[name] for name in same}
-        here = {"run_id": before["run_id"], "verb": "resume", "step": self.start.step}
-        self.manifest["parent"] = here
-        session = {"step": self.start.step, "at": _now(), "was": before["status"]}
-        self.manifest["resumed"] = [*before.get("resumed", []), session]
 
     def run(self, stop: Callable[[], str], listen: Callable[[Event], None]) -> Recorded:
         self._write_start()
@@ -293,7 +267,7 @@ class _Recording:
         self.manifest |= {
             "status": status,
             "reason": reason,
-            "ended": _now(),
+            "ended": now(),
             "steps": steps,
             "seconds": round(seconds, 3),
             "metrics": {name: _finite(v) for name, v in self.metrics.items()},
@@ -349,44 +323,6 @@ class _Recording:
         text = json.dumps(self.manifest, indent=2, allow_nan=False)
         write_atomically(self.directory / "run.json", text + "\n")
 
-    def _first_manifest(self) -> dict[str, Any]:
-        program, spec = self.program, self.program.spec
-        guarantee = guarantee_of(program)
-        return {
-            "schema": SCHEMA,
-            "run_id": uuid.uuid4().hex[:12],
-            "status": "running",
-            "reason": "",
-            "experiment": spec.experiment,
-            "started": _now(),
-            "ended": None,
-            "steps": 0,
-            "seed": spec.seed,
-            **facts_of_process(spec),
-            "guarantee": {
-                "level": str(guarantee.level),
-                "reasons": list(guarantee.reasons),
-            },
-            "hazards": [hazard.to_plain() for hazard in self.hazards],
-            "construct": str(program.construct),
-            "inputs": dict(program.hypers),
-            "constants": list(program.baked),
-            "digests": {
-                "config": digest_config(self.config),
-                "keys": digest_plain(self.ledger),
-                "data": program.data_digest,
-                "params": None,
-                "metrics": None,
-                "states": None,
-            },
-            "metrics": {},
-            "best": None,
-            "observed": None,
-            "parent": None,
-            "resumed": [],
-            "sweep": None,
-        }
-
     def _run_start(self) -> RunStart:
         program = self.program
         level = self.manifest["guarantee"]["level"]
@@ -434,7 +370,3 @@ def _saved(state: State) -> dict[str, Any]:
 
 def _finite(value: float) -> float | None:
     return value if np.isfinite(value) else None
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")

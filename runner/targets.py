@@ -32,7 +32,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from runner.errors import TargetError, did_you_mean
+from runner.errors import TargetError, UntrustedTargetError, did_you_mean
 
 __all__ = ["NEEDS_VALUE", "Target", "Use", "first_line", "resolve_target"]
 
@@ -167,7 +167,7 @@ def _check_name(name: Any, path: str, trusted: tuple[str, ...]) -> None:
     if len(parts) < 2 or not all(part.isidentifier() for part in parts):
         raise TargetError(path, "must be a name such as flax.linen.Dense", got=name)
     if _is_python(name) or _package(name, (*_ROOTS, *trusted)) is None:
-        raise TargetError(
+        raise UntrustedTargetError(
             path,
             "not a trusted package",
             got=name,

@@ -524,7 +524,8 @@ def test_states_count_batches_as_far_as_their_chain_is_one() -> None:
     assert compare_states(a, a) == compare_states(a, a[:3])
     found = compare_states(a, states((5, "x", "s"), (10, "y", "v"), (15, "q", "w")))
     assert (found.batches, found.state, found.after) == (15, 10, 5)
-    found = compare_states(a, states((10, "other chain", "t"), (15, "q", "u")))
+    chained = states((5, "x", "s"), (12, "other chain", "w"), (15, "q", "u"))
+    found = compare_states(a, chained)
     assert (found.common, found.batches, found.state) == (2, None, None)
 
 

@@ -238,8 +238,13 @@ def test_runs_are_numbered_as_people_count(run: Path, tmp_path: Path) -> None:
     assert labels == ["1", "9", "10"]
 
 
-def test_a_run_given_twice_is_shown_once(run: Path) -> None:
+def test_a_run_is_shown_once(run: Path, tmp_path: Path) -> None:
     assert len(collect_runs([str(run), f"{run}/", str(run.parent)]).read) == 2
+    (tmp_path / "latest").symlink_to(run)
+    (tmp_path / "sweep").symlink_to(run.parent)
+    found = collect_runs([str(run), str(tmp_path)])
+    assert len(found.read) == 1  # links to directories of runs are not followed
+    assert len(collect_runs([str(tmp_path / "sweep")]).read) == 2
 
 
 # --- what is shown
@@ -332,7 +337,8 @@ def test_everything_of_a_record_is_escaped(
 ) -> None:
     evil = "".join(EVIL)
     rows = (run / "metrics.jsonl").read_text().splitlines()
-    odd = {"phase": evil, "step": 3, "loss": 1.0, evil: 2.0}
+    step = sum('"train"' in row for row in rows)
+    odd = {"phase": "train", "step": step, "loss": 1.0, evil: 2.0}
     copy = shutil.copytree(run, tmp_path / "copy")
     (copy / "metrics.jsonl").write_text("\n".join([*rows, json.dumps(odd)]) + "\n")
     (copy / "verdict.json").write_text(json.dumps({"reason": evil, "level": [evil]}))
@@ -341,7 +347,7 @@ def test_everything_of_a_record_is_escaped(
     fields: dict[str, Any] = {
         "experiment": evil,
         "reason": evil,
-        "parent": {evil: evil},
+        "parent": {"run_id": evil, "verb": evil, evil: evil},
     }
     fields |= {"hazards": [{**hazard, "draws": [evil]}], "versions": versions}
     forged = forge(

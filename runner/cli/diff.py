@@ -9,7 +9,10 @@ from runner.records.record import read_record
 
 __all__ = ["main"]
 
-_MISSHAPEN = (LookupError, TypeError, AttributeError, ValueError, RecursionError)
+_MISSHAPEN = (
+    *(LookupError, TypeError, AttributeError, ValueError),
+    *(OverflowError, RecursionError),
+)
 
 
 def main(args: list[str]) -> int:

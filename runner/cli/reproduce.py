@@ -2,26 +2,24 @@
 """`runner reproduce RUN`: runs it again from its record, and gives a verdict."""
 
 import argparse
-import datetime
 import json
-import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import print_last
 from runner.cli.changes import parse_changes
-from runner.cli.running import make_program, stop_on_signals
+from runner.cli.running import claim_new, make_program, naming_trust, stop_on_signals
 from runner.cli.secrecy import keep_secret
 from runner.cli.tables import print_table
 from runner.determinism import restore_platform
 from runner.errors import AlteredRecordError
 from runner.parse import to_plain
-from runner.records.files import claim_directory, write_atomically
+from runner.records.files import write_atomically
 from runner.records.record import Record, read_record
 from runner.records.secrets import find_secrets
 from runner.sinks.text import clean
-from runner.spec import CheckpointSpec, RunSpec, SinksSpec, TerminalSpec, WandbSpec
+from runner.spec import CheckpointSpec, SinksSpec, TerminalSpec, WandbSpec
 
 if TYPE_CHECKING:
     from runner.replay.verdict import Verdict
@@ -99,13 +97,14 @@ def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, b
 
     check_files(record)
     spec = shorten(spec, record, steps=options.steps)
-    program, hazards = make_program(spec, compile_cache=spec.train.compile_cache)
+    with naming_trust():
+        program, hazards = make_program(spec, compile_cache=spec.train.compile_cache)
     plain = dict(record.config)
     with stop_on_signals() as stop:
         verdict = reproduce(
             record,
             program,
-            directory=lambda: _claim(spec, options.out),
+            directory=lambda: claim_new(spec, options.out),
             hazards=hazards,
             secrets=keep_secret(find_secrets(plain, plain)),
             stop=stop,
@@ -127,16 +126,6 @@ def _fixed(record: Record, *, quiet: bool) -> dict[str, Any]:
         "checkpoint": checkpoint,
         "train.compile_cache": "auto",
     }
-
-
-def _claim(spec: RunSpec, out: str | None) -> Path:
-    if out is not None:
-        path = Path(out).expanduser()
-        return claim_directory(path, exact=True, field="--out").resolve()
-    now = datetime.datetime.now().astimezone()
-    names = [n for n in re.split(r"[^\w.-]+", spec.experiment) if n.strip(".")]
-    path = Path("outputs", *(names or ["run"]), f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
-    return claim_directory(path, exact=False, field="outputs").resolve()
 
 
 def _print(verdict: "Verdict") -> None:

@@ -5,22 +5,30 @@ import argparse
 from pathlib import Path
 
 from runner.cli.changes import parse_changes
-from runner.cli.running import conclude, keep_log, make_program, stop_on_signals
+from runner.cli.running import (
+    claim_new,
+    conclude,
+    keep_log,
+    make_program,
+    naming_trust,
+    stop_on_signals,
+)
 from runner.cli.secrecy import keep_secret
 from runner.determinism import restore_platform
 from runner.errors import RecordError
-from runner.records.files import lock_directory
+from runner.records.files import lock_directory, refuse_links
 from runner.records.record import Record, read_record
 from runner.records.secrets import find_secrets
+from runner.records.unpack import unpack
 from runner.spec import ProbeSpec, RunSpec
 
 __all__ = ["main"]
 
 
 def main(args: list[str]) -> int:
-    """Continues a run in its own directory, bit for bit."""
+    """Continues a run in its own directory, bit for bit; an archive in a new one."""
     options = _parser().parse_intermixed_args(args)
-    changes = parse_changes(options.changes)
+    changes = parse_changes([*options.changes, *options.set])
     record = _lock(options.run)
     from runner.replay.changes import IN_RESUME, spec_of
 
@@ -41,9 +49,16 @@ def main(args: list[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="runner resume", description=__doc__)
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", metavar="RUN", help="run directory, .zip or .tar.gz")
     parser.add_argument(
         "changes", nargs="*", metavar="PATH=VALUE", help="train.steps=N, sinks.*, ..."
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="PATH=VALUE",
+        help="the same: data.path=... where the data lie here",
     )
     parser.add_argument(
         "--trust",
@@ -58,18 +73,19 @@ def _parser() -> argparse.ArgumentParser:
 def _lock(run: str) -> Record:
     """Reads the record once nobody else writes it."""
     directory = Path(run).expanduser()
-    if directory.is_file():
-        what = "an archive can't be written to"
-        raise RecordError(f"{run}: {what}. Unpack it, and resume the directory.")
     if (directory / "run.json").is_file() and not lock_directory(directory):
         what = "another process is writing it"
         raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
-    return read_record(run)
+    record = read_record(run)
+    if record.files.directory is not None:
+        refuse_links(record.files.directory)
+    return record
 
 
 def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
     restore_platform(record.manifest["platform"])
-    program, hazards = make_program(spec, compile_cache=compile_cache)
+    with naming_trust():
+        program, hazards = make_program(spec, compile_cache=compile_cache)
     from runner.program import Program
     from runner.recording import record_run
     from runner.replay.resuming import find_resumption
@@ -77,7 +93,9 @@ def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
     assert isinstance(program, Program)  # no probe
     resumption = find_resumption(record, program)
     directory = record.files.directory
-    assert directory is not None  # locked
+    if directory is None:
+        directory = claim_new(spec)
+        unpack(record.files, directory)
     plain = dict(record.config)
     with keep_log(directory), stop_on_signals() as stop:
         recorded = record_run(
@@ -88,5 +106,5 @@ def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
             resumption=resumption,
             stop=stop,
         )
-    conclude(recorded, directory)
+    conclude(recorded, directory.resolve())
     return 0

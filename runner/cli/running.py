@@ -2,7 +2,9 @@
 """What every verb that runs a program does around it: signals, its log, its end."""
 
 import contextlib
+import datetime
 import logging
+import re
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from runner.cli import print_last
 from runner.cli.secrecy import BlottingFormatter
 from runner.determinism import settle_backend
-from runner.errors import RunFailedError
+from runner.errors import RunFailedError, UntrustedTargetError
+from runner.records.files import claim_directory
 from runner.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -19,7 +22,14 @@ if TYPE_CHECKING:
     from runner.program import Compiled
     from runner.recording import Recorded
 
-__all__ = ["conclude", "keep_log", "make_program", "stop_on_signals"]
+__all__ = [
+    "claim_new",
+    "conclude",
+    "keep_log",
+    "make_program",
+    "naming_trust",
+    "stop_on_signals",
+]
 
 _INTERRUPTED = 130
 _STOPPED = "stopped by the user"
@@ -63,6 +73,33 @@ def make_program(
     refuse_hazards(hazards, allow=spec.rng.allow)
     refuse_below_strict(program)
     return program, hazards
+
+
+def claim_new(spec: RunSpec, out: str | None = None) -> Path:
+    """A directory for a run made from a record: as told, or as training names it."""
+    if out is not None:
+        path = Path(out).expanduser()
+        return claim_directory(path, exact=True, field="--out").resolve()
+    now = datetime.datetime.now().astimezone()
+    names = [n for n in re.split(r"[^\w.-]+", spec.experiment) if n.strip(".")]
+    path = Path("outputs", *(names or ["run"]), f"{now:%Y-%m-%d}", f"{now:%H-%M-%S}")
+    return claim_directory(path, exact=False, field="outputs").resolve()
+
+
+@contextlib.contextmanager
+def naming_trust() -> Iterator[None]:
+    """Says how to trust a package that a record asks for: on the command line alone."""
+    try:
+        yield
+    except UntrustedTargetError as error:
+        package = str(error.got).partition(".")[0]
+        raise UntrustedTargetError(
+            error.path,
+            error.rule,
+            got=error.got,
+            allowed=error.allowed,
+            fix=f"Say --trust {package} if you know what it runs",
+        ) from error
 
 
 @contextlib.contextmanager

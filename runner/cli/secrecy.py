@@ -26,5 +26,7 @@ class BlottingFormatter(logging.Formatter):
     """Formats records, of ours and of any library, without secrets."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, blotted."""
-        return blot(super().format(record))
+        """The lines, blotted; what does not print in them is escaped."""
+        from runner.sinks.text import clean
+
+        return "\n".join(map(clean, blot(super().format(record)).split("\n")))

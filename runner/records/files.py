@@ -17,9 +17,12 @@ __all__ = [
     "claim_directory",
     "clear_unfinished",
     "lock_directory",
+    "refuse_links",
     "sync",
     "write_atomically",
 ]
+
+_MIRRORS = ("wandb", "tensorboard")  # directories of what others write
 
 
 def claim_directory(path: Path, *, exact: bool, field: str = "hydra.run.dir") -> Path:
@@ -83,6 +86,27 @@ def lock_directory(path: Path) -> bool:
         os.close(lock)
         return False
     return True
+
+
+def refuse_links(directory: Path) -> None:
+    """Refuses a run directory in which a name leads elsewhere, before it is written.
+
+    What comes from elsewhere may hold a link in place of a file that is appended to,
+    or of a directory that is cleared. W&B's and TensorBoard's own are let be.
+
+    Raises:
+        RecordError: it has a link, or what is neither a file nor a directory.
+    """
+    pending = [directory]
+    while pending:
+        for entry in os.scandir(pending.pop()):
+            name = os.path.relpath(entry.path, directory)
+            if entry.is_dir(follow_symlinks=False):
+                pending += [] if name in _MIRRORS else [Path(entry.path)]
+            elif not entry.is_file(follow_symlinks=False):
+                kind = "a link" if entry.is_symlink() else "no file"
+                fix = "Put a file or directory of its own there"
+                raise RecordError(f"{directory}: {name} is {kind}. {fix}.")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

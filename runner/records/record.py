@@ -19,7 +19,7 @@ from runner.records.plain import read_plain_json, read_plain_yaml
 from runner.records.reading import RunFiles, open_run
 from runner.records.shapes import LEDGER, MANIFEST, check_shape
 
-__all__ = ["NEXT", "SCHEMA", "Record", "read_record"]
+__all__ = ["NEXT", "SCHEMA", "Record", "kind_of_row", "read_record"]
 
 NEXT = ".next"  # ends the name of a file that is about to replace another
 SCHEMA = 1
@@ -98,17 +98,18 @@ class Record:
         if content is None:
             return ()
         rows = parse_lines(content, name=f"{self.name}: {name}")
-        last = {"train": -1, "eval": -1, "state": -1}
+        last = {"train": -1, "eval": -1, "state": -1}  # steps; train leaves none out
         for number, row in enumerate(rows, start=1):
-            kind = _kind_of_row(row, part)
-            if kind is None or not last[kind] < row["step"] < _MOST_STEPS:
+            kind = kind_of_row(row, part)
+            gap = 1 if kind == "train" else _MOST_STEPS
+            if kind is None or not 0 < row["step"] - last[kind] <= gap:
                 what = f"line {number} is damaged, or is not where it belongs"
                 raise RecordError(f"{self.name}: {name}: {what}.")
             last[kind] = row["step"]
         return tuple(rows)
 
 
-def _kind_of_row(row: Mapping[str, Any], part: str) -> str | None:
+def kind_of_row(row: Mapping[str, Any], part: str) -> str | None:
     """`train`, `eval` or `state`; None where a field is not what it should be."""
     if type(row.get("step")) is not int:
         return None

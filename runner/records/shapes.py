@@ -17,8 +17,6 @@ __all__ = [
     "CHECKPOINT",
     "LEDGER",
     "MANIFEST",
-    "METRICS_ROW",
-    "STATES_ROW",
     "check_shape",
 ]
 
@@ -168,9 +166,6 @@ CHECKPOINT: Mapping[str, Any] = {
     "files": Each(str),
     "digest": str,
 }
-
-METRICS_ROW: Mapping[str, Any] = {"phase": {"train", "eval"}, "step": _STEP}
-STATES_ROW: Mapping[str, Any] = {"step": _STEP, "batches": str, "state": str}
 
 
 def check_shape(value: Any, shape: Any, *, name: str) -> None:

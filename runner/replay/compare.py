@@ -132,9 +132,9 @@ class Replay:
         for step, row in rows:
             if step not in recorded:
                 continue
-            names = sorted(row.keys() & recorded[step].keys())
-            pairs = [(n, recorded[step][n], _plain(row[n])) for n in names]
-            other = [pair for pair in pairs if not _same_bits(pair[1], pair[2])]
+            names = sorted(recorded[step].keys() - {"phase", "step"})
+            pairs = [(n, recorded[step][n], _plain(row.get(n))) for n in names]
+            other = [p for p in pairs if p[0] not in row or not _same_bits(p[1], p[2])]
             self._note(phase, step, bool(other))
             for name, before, here in other:
                 self._differ(FloatDifference(phase, step, name, before, here))
@@ -157,7 +157,7 @@ def _rows_of(record: TrainRecord) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 
 def _plain(value: Any) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _same_bits(recorded: Any, here: float | None) -> bool:

@@ -40,6 +40,11 @@ class Difference:
     here: Any
     cause: Cause
 
+    @property
+    def rounds(self) -> bool:
+        """Whether the same program may round otherwise for it."""
+        return self.cause not in (Cause.GENERATOR, Cause.CODE, Cause.NONE)
+
     def __str__(self) -> str:
         shown = f"{_spell(self.recorded)}, here {_spell(self.here)}"
         return f"{self.cause} ({self.path}: {shown})"

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from runner.hazards.find import Hazard
+from runner.manifest import facts_of_process
 from runner.probe.probe import Probe
 from runner.program import Compiled
-from runner.recording import facts_of_process, record_run
+from runner.recording import record_run
 from runner.records.arrays import read_arrays
 from runner.records.record import Record, read_record
 from runner.records.restore import (
@@ -31,7 +32,6 @@ from runner.spec import RunSpec
 __all__ = ["check_files", "reproduce", "shorten"]
 
 _ROOM = 2**20  # bytes: a checkpoint may hold a little more than this one
-_OTHER_MACHINE = frozenset(Cause) - {Cause.GENERATOR, Cause.CODE, Cause.NONE}
 
 
 def shorten(spec: RunSpec, record: Record, *, steps: int | None) -> RunSpec:
@@ -92,7 +92,7 @@ def reproduce(
     if not all(check.equal for check in checks):
         return _verdict(record, checks, environment)
     checks.append(Check("data", True, "digest of all rows"))
-    goes_on = any(each.cause in _OTHER_MACHINE for each in environment)
+    goes_on = any(each.rounds for each in environment)
     replay, where = Replay(record, goes_on=goes_on), directory()
     record_run(
         program,

@@ -5,6 +5,7 @@ What was written past it is cut back, so that in the end every file is the one t
 an uninterrupted run writes.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,18 +17,20 @@ import numpy as np
 from runner.course import BEGINNING, Best, Start
 from runner.errors import ConfigError, RecordError
 from runner.keys import draw_canary, is_key, rng_flags
+from runner.manifest import facts_of_process
 from runner.program import Program
 from runner.recording import Resumption
 from runner.records.checkpoint import Saved
 from runner.records.events import EvalRecord, StateRecord
 from runner.records.metrics import Written, parse_lines
-from runner.records.record import Record
+from runner.records.record import Record, kind_of_row
 from runner.records.restore import (
     check_written,
     list_saved,
     read_saved,
     restore_leaves,
 )
+from runner.replay.environment import compare_environments
 from runner.replay.sameness import check_data, compare_keys
 from runner.sinks.jsonl import FILES
 from runner.spec import RunSpec
@@ -59,7 +62,7 @@ def find_resumption(record: Record, program: Program) -> Resumption:
             notes.append(f"checkpoint {step:,} can't be used: {error}")
             continue
         if not found:
-            _check_written(record, saved, contents)
+            check_written(saved, contents, run=record.name)
         found[step] = saved
     step = max(found, default=0)
     steps = program.spec.train.steps
@@ -77,12 +80,19 @@ def find_resumption(record: Record, program: Program) -> Resumption:
     kept = _restore(record, program, step) if found else None
     if kept is None:
         sizes = dict.fromkeys(FILES, 0)
-        return Resumption(record.manifest, BEGINNING, {}, sizes, {}, tuple(notes))
+        return Resumption(record.manifest, BEGINNING, {}, sizes, {}, notes=tuple(notes))
     sizes, rows = _cut(record, contents, program.spec, step)
-    start = Start(step, kept, _evaluated(rows, program.spec), _said(rows))
+    start = Start(
+        step, kept, _evaluated(rows, program.spec, name=record.name), _said(rows)
+    )
     last = _last_metrics(rows)
     found[step] = replace(found[step], written=_written(contents, sizes))
-    return Resumption(record.manifest, start, last, sizes, found, tuple(notes))
+    mixed = _what_is_another(record, program.spec)
+    if mixed:
+        notes.append(f"{mixed}: steps from {step:,} on may round otherwise")
+    return Resumption(
+        record.manifest, start, last, sizes, found, mixed=mixed, notes=tuple(notes)
+    )
 
 
 def _check_same_run(record: Record, program: Program) -> None:
@@ -130,6 +140,12 @@ def _wrap(words: np.ndarray, *, impl: str) -> Any:
     return jax.random.wrap_key_data(jax.numpy.asarray(words), impl=impl)
 
 
+def _what_is_another(record: Record, spec: RunSpec) -> str:
+    """What can round otherwise here than where the run was begun; empty for nothing."""
+    found = compare_environments(record.manifest, facts_of_process(spec))
+    return "; ".join(str(each) for each in found if each.rounds)
+
+
 _Rows = dict[str, list[dict[str, Any]]]
 
 
@@ -144,7 +160,7 @@ def _cut(
             if not line.endswith(b"\n"):
                 break
             (row,) = parse_lines(line, name=f"{record.name}: {FILES[name]}")
-            if not _is_before(row, spec, step):
+            if kind_of_row(row, name) is None or not _is_before(row, spec, step):
                 break
             kept.append((line, row))
         sizes[name] = sum(len(line) for line, _ in kept)
@@ -170,11 +186,14 @@ def _is_before(row: Mapping[str, Any], spec: RunSpec, step: int) -> bool:
     return 0 < row["step"] <= step and (is_regular or at_end)
 
 
-def _evaluated(rows: _Rows, spec: RunSpec) -> tuple[EvalRecord, ...]:
+def _evaluated(rows: _Rows, spec: RunSpec, *, name: str) -> tuple[EvalRecord, ...]:
     best, records = Best(spec, BEGINNING), []
     for row in rows["metrics"]:
         if row["phase"] == "eval":
             values = _values(row)
+            if spec.objective not in values:
+                what = f"the evaluation at step {row['step']:,} has no {spec.objective}"
+                raise RecordError(f"{name}: metrics.jsonl: {what}.")
             is_best = best.take(values, row["step"])
             records.append(EvalRecord(row["step"], values, is_best))
     return tuple(records)

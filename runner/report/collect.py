@@ -90,7 +90,8 @@ def _find(paths: Sequence[str]) -> tuple[list[str], list[Damaged]]:
     for path in paths:
         try:
             for run in _runs_at(path):
-                found.setdefault(os.path.abspath(os.path.expanduser(run)), run)
+                where = os.path.realpath(os.path.expanduser(run.replace("\0", "")))
+                found.setdefault(where, run)
         except RecordError as error:
             damaged.append(Damaged(path, str(error)))
     return list(found.values()), damaged

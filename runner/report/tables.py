@@ -126,7 +126,7 @@ def _number(value: Any) -> str:
 def _hazards(manifest: Mapping[str, Any]) -> Table:
     columns = ("code", "severity", "path", "what", "fix", "draws")
     rows = [
-        [*(hazard[name] for name in columns[:-1]), ", ".join(hazard["draws"])]
+        [*(hazard[name] for name in columns[:-1]), ", ".join(hazard.get("draws") or ())]
         for hazard in manifest["hazards"]
     ]
     return make_table("hazards", columns, rows)
