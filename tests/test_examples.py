@@ -51,7 +51,12 @@ def example_of(words: list[str], tmp_path: Path) -> list[str]:
     return [*SHORT, *[w for w in given if not w.startswith("train.steps")]]
 
 
-@pytest.mark.parametrize("words", [p for p in COMMANDS if p.values[0][0] != "keys"])
+OF_A_RUN = ("keys", "reproduce", "resume", "diff", "report")
+
+
+@pytest.mark.parametrize(
+    "words", [p for p in COMMANDS if p.values[0][0] not in OF_A_RUN]
+)
 def test_commands_run(runner: Any, tmp_path: Path, words: list[str]) -> None:
     done = runner(*example_of(words, tmp_path))
     assert done.returncode == 0, done.stderr
@@ -68,6 +73,23 @@ def test_keys_command_of_the_readme(runner: Any) -> None:
     printed = runner("keys", run, *words[2:]).stdout
     for line in block.strip("\n").splitlines():
         assert line.strip() in printed
+
+
+def test_reproduce_command_of_the_docs(runner: Any) -> None:
+    """The verdict in README and docs is what the command prints."""
+    trained = runner("+experiment=dropout", "sinks=none")
+    run = trained.stdout.splitlines()[-1]
+    printed = runner("reproduce", run).stdout.splitlines()
+    told = [p for p in COMMANDS if p.values[0][0] == "reproduce"]
+    assert told
+    for param in told:
+        words = " ".join(param.values[0])
+        for page in PAGES:
+            for block in page.read_text().split(f"python -m runner {words}\n")[1:]:
+                lines = re.findall(r"^ {4}(.*)$", block.split("\n\n`")[0], re.M)
+                shown = [x for x in lines if not x.startswith("set as recorded")]
+                assert {"verdict: bit-exact (promised bit-exact: kept)"} <= set(shown)
+                assert set(shown) <= set(printed)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

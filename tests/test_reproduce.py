@@ -141,13 +141,19 @@ def test_another_pool_is_named(
 
 def test_forced_devices_are_named(shell: Shell) -> None:
     """Eight devices on one machine: the same keys; the pool grows with them."""
-    _, verdict = shell.reproduce("made", JAX_NUM_CPU_DEVICES="8")
+    args = ("data.batch_size=512", "model.features=[64,64]", "train.steps=30")
+    done = shell(*ARGS, *MORE, *args, "hydra.run.dir=one", NPROC="4")
+    assert done.returncode == 0, done.stderr
+    code, verdict = shell.reproduce("one", JAX_NUM_CPU_DEVICES="8")
+    assert (code, verdict["level"]) == (1, "key-exact")
     causes = {each["path"]: each["cause"] for each in verdict["environment"]}
     assert causes["platform.device_count"] == Cause.MESH
-    assert checks_of(verdict)["keys"] is True
-    assert verdict["level"] in ("bit-exact", "key-exact")
-    floats = [verdict["first"], *verdict["largest"]]
-    assert all(floats) == (verdict["level"] == "key-exact")
+    equal = checks_of(verdict)
+    assert equal["keys"] is equal["generator"] is equal["batches"] is True
+    assert verdict["steps"]["compared"] == 30  # it goes on, and measures
+    sizes = {f"{d['phase']}/{d['metric']}": d["difference"] for d in verdict["largest"]}
+    assert 0 < max(sizes.values()) < 1e-3
+    assert 0 < verdict["params"]["size"] < 1e-3
 
 
 def test_a_flag_of_the_environment_is_named(shell: Shell) -> None:

@@ -73,13 +73,12 @@ def _parser() -> argparse.ArgumentParser:
 def _lock(run: str) -> Record:
     """Reads the record once nobody else writes it."""
     directory = Path(run).expanduser()
-    if (directory / "run.json").is_file() and not lock_directory(directory):
-        what = "another process is writing it"
-        raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
-    record = read_record(run)
-    if record.files.directory is not None:
-        refuse_links(record.files.directory)
-    return record
+    if (directory / "run.json").is_file():
+        if not lock_directory(directory):
+            what = "another process is writing it"
+            raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
+        refuse_links(directory)
+    return read_record(run)
 
 
 def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:

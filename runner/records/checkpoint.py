@@ -10,6 +10,7 @@ first; whatever else lies there a kill has left, and it is cleared away.
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,6 +27,7 @@ __all__ = ["FOLDER", "ITEM", "Checkpoints", "Saved"]
 
 FOLDER = "checkpoints"
 ITEM = "default"  # as `orbax.checkpoint.CheckpointManager` calls what it saves
+_LONGEST = 300  # characters of what Orbax says
 _SPARE = 16 * 2**20  # bytes that must stay free on the disk
 
 
@@ -135,6 +137,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
+            # its threads log hundreds of lines on what `_told` says in one
+            logging.getLogger("absl").setLevel(logging.CRITICAL)
             self._manager = ocp.CheckpointManager(
                 self._directory.resolve(), options=ocp.CheckpointManagerOptions()
             )
@@ -217,5 +221,6 @@ def _told() -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, RuntimeError, RecordError) as error:
-        what = str(error).partition("\n")[0]
+        first = str(error).partition("\n")[0].partition(" [tensorstore_spec=")[0]
+        what = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
         raise RunFailedError(f"checkpoints: can't be written ({what}).") from error

@@ -99,7 +99,9 @@ def refuse_links(directory: Path) -> None:
     """
     pending = [directory]
     while pending:
-        for entry in os.scandir(pending.pop()):
+        with os.scandir(pending.pop()) as found:
+            entries = list(found)
+        for entry in entries:
             name = os.path.relpath(entry.path, directory)
             if entry.is_dir(follow_symlinks=False):
                 pending += [] if name in _MIRRORS else [Path(entry.path)]

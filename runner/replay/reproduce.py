@@ -124,15 +124,16 @@ def _check_generator(environment: tuple[Difference, ...]) -> Check:
 
 def _checks_of(replay: Replay) -> Iterator[Check]:
     units = {
-        "batches": "digests of row numbers",
-        "train": "steps, every bit",
-        "eval": "evaluations, every bit",
-        "states": "fingerprints of the state",
+        "batches": ("digest", "of row numbers"),
+        "train": ("step", "bit by bit"),
+        "eval": ("evaluation", "bit by bit"),
+        "states": ("fingerprint", "of the state"),
     }
-    for name, unit in units.items():
+    for name, (unit, rest) in units.items():
         found = replay.compared[name]
         if found.number:
-            what = f"{found.number:,} {unit}"
+            each = unit if found.number == 1 else f"{unit}s"
+            what = f"{found.number:,} {each} {rest}"
             yield Check(name, not found.differ, what, str(found))
 
 
