@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test fmt lint type layers golden bench wheel lock clean
+.PHONY: help setup train test fmt lint type layers golden bench faults wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
@@ -38,6 +38,9 @@ golden: $(STAMP) ## rewrite tests/golden/ from what the code does now
 
 bench: $(STAMP) ## time the training loop
 	@$(BIN)/python benchmarks/loop.py $(ARGS)
+
+faults: $(STAMP) ## kill 200 runs and resume them; ARGS="--kills 20 --seed 7 --verbose"
+	@$(BIN)/python tests/kills.py $(ARGS)
 
 wheel: $(STAMP) ## build the wheel into dist/
 	@$(BIN)/python -m hatchling build --target wheel

@@ -29,6 +29,7 @@ __all__ = [
     "UnknownStreamError",
     "UntrustedTargetError",
     "did_you_mean",
+    "printable",
 ]
 
 
@@ -85,7 +86,13 @@ class DataError(ConfigError):
 
 
 class RecordError(RunnerError):
-    """A run directory that can't be claimed, written or read."""
+    """A run directory that can't be claimed, written or read.
+
+    Names in it may be a stranger's: whatever does not print is an escape.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(printable(text))
 
 
 class AlteredRecordError(RecordError):
@@ -108,6 +115,13 @@ class RunFailedError(RunnerError):
     """A run that stopped before its end; its record says where and why."""
 
     exit_code = 1
+
+
+def printable(text: str) -> str:
+    """Text on one line that moves no cursor: ESC becomes `\\x1b`."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

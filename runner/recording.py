@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import yaml
 
@@ -18,7 +17,7 @@ from runner.comparison.compare import Comparison
 from runner.course import BEGINNING, Start
 from runner.errors import RunFailedError
 from runner.hazards.find import Hazard
-from runner.keys import is_key
+from runner.kept import keep
 from runner.ledger import make_ledger, stream_rows
 from runner.loop import Outcome, Snapshot, train
 from runner.manifest import first_manifest, now, take_over
@@ -237,7 +236,7 @@ class _Recording:
         at, value = self.objective or (-1, 0.0)
         objective = _finite(value) if at == step else None
         written = sinks.sync()
-        self.checkpoints.save(step, _saved(state), objective=objective, written=written)
+        self.checkpoints.save(step, keep(state), objective=objective, written=written)
 
     def _keep_outputs(self, outputs: Outputs) -> None:
         path = self.directory / "outputs.npz"
@@ -353,19 +352,6 @@ def _compare_keys(program: Compiled, ledger: Mapping[str, Any]) -> Comparison | 
         return None
     window = program.window if isinstance(program, Program) else 1
     return Comparison(ledger, window=window)
-
-
-def _saved(state: State) -> dict[str, Any]:
-    """What a checkpoint holds; no stream's key is in it, they follow from the step.
-
-    An optimizer's own key is, as its words: Orbax takes no typed keys.
-    """
-    kept = {name: getattr(state, name) for name in ("step", "params", "collections")}
-    opt_state = jax.tree.map(
-        lambda leaf: jax.random.key_data(leaf) if is_key(leaf) else leaf,
-        state.opt_state,
-    )
-    return {**kept, "opt_state": opt_state}
 
 
 def _finite(value: float) -> float | None:

@@ -255,6 +255,8 @@ def _kill_first(
         return False
     if trial.moment is not Moment.RESUMING:
         return True
+    if _is_completed(directory):  # there is nothing to resume
+        return False
     run, begins = _go_on(trial, bench.env), _begins(directory)
     return _kill(trial, run, begins, _AT_ONCE, draw)
 

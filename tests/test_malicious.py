@@ -327,7 +327,7 @@ def test_any_field_of_the_manifest_may_have_any_type(
     paths = [path for path in leaves(manifest) if path and path[0] != "digest"]
     codes = set()
     every = [(path, new) for path in paths for new in ODD]
-    for i, (path, new) in enumerate(every[::7]):  # all are tried by tests/fuzz.py
+    for i, (path, new) in enumerate(every[::13]):  # 13 and 10 have no common divisor
         verbs = ["keys"] if i % 7 else ["keys", "diff"]
         codes |= _try_field(command, run, tmp_path, verbs, "manifest", path, new)
     assert codes == {0, 2}
@@ -341,7 +341,7 @@ def test_any_field_of_the_ledger_may_have_any_type(
     odd = (None, -1, 2**31, "x", [], {"x": 1}, {"offset": -1, "axes": {"x": -1}})
     codes = set()
     for i, (path, new) in enumerate((p, n) for p in paths for n in odd):
-        if i % 11 == 0:
+        if i % 20 == 0:
             codes |= _try_field(command, run, tmp_path, ["keys"], "ledger", path, new)
     assert codes == {0, 2}
 

@@ -131,7 +131,7 @@ def test_another_pool_is_named(
     assert causes["platform.thread_pool"] == Cause.POOL
     assert "another thread pool (platform.thread_pool: 4, here 1)" in verdict["reason"]
     assert verdict["first"]["difference"] > 0
-    assert verdict["params"]["size"] > 0
+    assert verdict["params"]["first_largest"] > 0
     equal = checks_of(verdict)
     assert equal["keys"] is equal["generator"] is equal["batches"] is True
     assert equal["params"] is False
@@ -153,7 +153,7 @@ def test_forced_devices_are_named(shell: Shell) -> None:
     assert verdict["steps"]["compared"] == 30  # it goes on, and measures
     sizes = {f"{d['phase']}/{d['metric']}": d["difference"] for d in verdict["largest"]}
     assert 0 < max(sizes.values()) < 1e-3
-    assert 0 < verdict["params"]["size"] < 1e-3
+    assert 0 < verdict["params"]["first_largest"] < 1e-3
 
 
 def test_a_flag_of_the_environment_is_named(shell: Shell) -> None:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +26,8 @@ from kills import left_of
 from runner.cli import resume as verb
 from runner.compile import compile_run
 from runner.errors import RunFailedError, RunnerError
-from runner.loop import Snapshot
 from runner.recording import Recorded, record_run
+from runner.records import checkpoint
 from runner.records.digests import digest_manifest
 from runner.records.events import TrainRecord
 from runner.records.record import read_record
@@ -369,6 +370,19 @@ def test_without_a_checkpoint_it_starts_over(
     assert left_of(run) == left_of(whole)
 
 
+def test_the_terminal_and_the_log_say_what_was_passed_over(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flip(array_data(run / "checkpoints" / "30"))
+    assert verb.main([str(run)]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("WARNING: checkpoint 30 can't be used: ")
+    assert second == "WARNING: going on from step 20 instead"
+    log = (run / "runner.log").read_text()
+    assert "WARNING checkpoint 30 can't be used: " in log
+    assert "WARNING going on from step 20 instead" in log
+
+
 def test_what_a_save_left_unfinished_is_cleared_away(
     program: Any, whole: Path, run: Path
 ) -> None:
@@ -469,11 +483,20 @@ def test_other_rows_are_refused_and_the_same_elsewhere_are_not(
     assert left_of(moved) == left_of(whole)
 
 
-def test_places_that_are_no_run(
-    runner: Run, run: Path, tmp_path: Path, compose_config: Any, make_spec: Any
+def test_an_archive_goes_on_in_a_new_directory(
+    run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    archive = shutil.make_archive(str(tmp_path / "run"), "zip", run)
-    assert "an archive can't be written to" in str(refusal(archive))
+    archive = Path(shutil.make_archive(str(tmp_path / "packed"), "zip", run))
+    before = archive.read_bytes()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert verb.main([str(archive)]) == 0
+    (made,) = (tmp_path / "here").rglob("run.json")
+    assert left_of(made.parent) == left_of(whole)
+    assert archive.read_bytes() == before
+
+
+def test_places_that_are_no_run(tmp_path: Path, make_spec: Any) -> None:
     assert "no such run" in str(refusal(tmp_path / "none"))
     (tmp_path / "empty").mkdir()
     assert "not a run directory" in str(refusal(tmp_path / "empty"))
@@ -544,27 +567,32 @@ def test_another_model_is_refused(runner: Run, tmp_path: Path) -> None:
 
 
 def test_a_save_that_fails_in_the_background_ends_the_run_at_once(
-    program: Any, tmp_path: Path
+    program: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its folder is taken away while Orbax writes; the end is far off."""
+    """The next save, and the end of the run, are far off."""
     endless = other(program, "train", steps=10**9)
-    taken = tmp_path / "run" / "checkpoints"
-    steps: list[int] = []
+    endless = other(endless, "checkpoint", every=300)
+    failed, last = threading.Event(), [0]
+
+    def fail(folder: Path) -> dict[str, str]:
+        failed.set()
+        raise OSError(28, "No space left on device")
 
     def listen(event: Any) -> None:
-        if isinstance(event, Snapshot) and event.step == 20:
-            taken.rename(tmp_path / "gone")
-            taken.write_text("no folder")
         if isinstance(event, TrainRecord):
-            steps.append(event.first_step)
-            time.sleep(0.01)  # the disk is slower than such small steps
+            last[0] = event.first_step + event.steps
+            if last[0] > 300:
+                assert failed.wait(60)
+                time.sleep(0.01)
 
+    monkeypatch.setattr(checkpoint, "_digest_folder", fail)
     with pytest.raises(RunFailedError, match=r"^checkpoints: can't be written \("):
         record(endless, tmp_path / "run", listen=listen)
+    assert 300 < last[0] < 600
     manifest = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert manifest["status"] == "failed"
+    assert (manifest["status"], manifest["steps"]) == ("failed", last[0])
     assert "checkpoints: can't be written" in manifest["reason"]
-    assert manifest["steps"] == steps[-1] + 1 or manifest["steps"] > 20
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.json"))
 
 
 def test_a_clock_that_goes_backwards_disturbs_nothing(

@@ -17,7 +17,6 @@ from runner.errors import AlteredRecordError
 from runner.parse import to_plain
 from runner.records.files import write_atomically
 from runner.records.record import Record, read_record
-from runner.records.secrets import find_secrets
 from runner.sinks.text import clean
 from runner.spec import CheckpointSpec, SinksSpec, TerminalSpec, WandbSpec
 
@@ -83,12 +82,14 @@ def _count(text: str) -> int:
 
 
 def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, bool]":
-    from runner.replay.changes import IN_REPRODUCE, spec_of
+    from runner.replay.changes import IN_REPRODUCE, secrets_of, spec_of
 
+    changes = parse_changes(options.set)
+    secrets = keep_secret(secrets_of(record, changes))
     spec = spec_of(
         record,
         trusted=tuple(options.trust),
-        changes=parse_changes(options.set),
+        changes=changes,
         may_change=IN_REPRODUCE,
         fixed=_fixed(record, quiet=options.json),
     )
@@ -99,14 +100,13 @@ def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, b
     spec = shorten(spec, record, steps=options.steps)
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=spec.train.compile_cache)
-    plain = dict(record.config)
     with stop_on_signals() as stop:
         verdict = reproduce(
             record,
             program,
             directory=lambda: claim_new(spec, options.out),
             hazards=hazards,
-            secrets=keep_secret(find_secrets(plain, plain)),
+            secrets=secrets,
             stop=stop,
             restored=restored,
         )

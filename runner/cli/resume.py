@@ -18,7 +18,7 @@ from runner.determinism import restore_platform
 from runner.errors import RecordError
 from runner.records.files import lock_directory, refuse_links
 from runner.records.record import Record, read_record
-from runner.records.secrets import find_secrets
+from runner.records.secrets import Secrets
 from runner.records.unpack import unpack
 from runner.spec import ProbeSpec, RunSpec
 
@@ -30,8 +30,9 @@ def main(args: list[str]) -> int:
     options = _parser().parse_intermixed_args(args)
     changes = parse_changes([*options.changes, *options.set])
     record = _lock(options.run)
-    from runner.replay.changes import IN_RESUME, spec_of
+    from runner.replay.changes import IN_RESUME, secrets_of, spec_of
 
+    secrets = keep_secret(secrets_of(record, changes))
     spec = spec_of(
         record,
         trusted=tuple(options.trust),
@@ -44,7 +45,7 @@ def main(args: list[str]) -> int:
     cache = spec.train.compile_cache
     if cache is not None and "train.compile_cache" not in changes:
         cache = "auto"  # a directory that a record names may be anyone's
-    return _resume(record, spec, compile_cache=cache)
+    return _resume(record, spec, secrets, compile_cache=cache)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +82,9 @@ def _lock(run: str) -> Record:
     return read_record(run)
 
 
-def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
+def _resume(
+    record: Record, spec: RunSpec, secrets: Secrets, *, compile_cache: str | None
+) -> int:
     restore_platform(record.manifest["platform"])
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=compile_cache)
@@ -95,13 +98,12 @@ def _resume(record: Record, spec: RunSpec, *, compile_cache: str | None) -> int:
     if directory is None:
         directory = claim_new(spec)
         unpack(record.files, directory)
-    plain = dict(record.config)
     with keep_log(directory), stop_on_signals() as stop:
         recorded = record_run(
             program,
             directory=directory,
             hazards=hazards,
-            secrets=keep_secret(find_secrets(plain, plain)),
+            secrets=secrets,
             resumption=resumption,
             stop=stop,
         )

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parameters of two runs, or what came out of two probes, leaf by leaf."""
 
-import hashlib
-import io
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +8,17 @@ from typing import Any
 import numpy as np
 
 from runner.differences.leaves import Presence
-from runner.errors import RecordError
+from runner.records.arrays import read_arrays
 from runner.records.record import Record
 from runner.records.restore import list_saved, read_saved, restore_leaves
 
-__all__ = ["ArrayDifferences", "compare_outputs", "compare_params"]
+__all__ = [
+    "ArrayDifferences",
+    "compare_outputs",
+    "compare_params",
+    "compare_params_at",
+    "read_outputs",
+]
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class ArrayDifferences:
         leaves: Leaves that both have.
         differing: How many of them differ in a bit.
         first: The first of these, in the order of names.
+        first_largest: Largest |a - b| in it; None where it is not finite.
         largest: Largest |a - b|; None where nothing was compared or is not finite.
         largest_leaf: Its leaf.
         ulps: Largest distance in units of the last place, over float32 leaves.
@@ -43,6 +47,7 @@ class ArrayDifferences:
     leaves: int = 0
     differing: int = 0
     first: str | None = None
+    first_largest: float | None = None
     largest: float | None = None
     largest_leaf: str | None = None
     ulps: int | None = None
@@ -62,10 +67,19 @@ def compare_params(a: Record, b: Record) -> ArrayDifferences:
     common = max(steps[0] & steps[1], default=None)
     if equal or common is None:
         return ArrayDifferences(presence, equal)
-    found = _compare(_params(a, common), _params(b, common), step=common)
+    found = compare_params_at(common, a, b)
     if equal is None:  # both were killed; the checkpoints are all there is
         return found
     return replace(found, presence=presence, equal=False)
+
+
+def compare_params_at(step: int, a: Record, b: Record) -> ArrayDifferences:
+    """Parameters before a step, of which both have a checkpoint.
+
+    Raises:
+        RecordError: one of these is damaged.
+    """
+    return _compare(_params(a, step), _params(b, step), step=step)
 
 
 def compare_outputs(a: Record, b: Record) -> ArrayDifferences:
@@ -74,7 +88,7 @@ def compare_outputs(a: Record, b: Record) -> ArrayDifferences:
     Raises:
         RecordError: `outputs.npz` is missing or is not the file that was recorded.
     """
-    arrays = [_read_outputs(record) for record in (a, b)]
+    arrays = [read_outputs(record) for record in (a, b)]
     presence, equal = _by_digest(a, b, "outputs")
     if presence is not Presence.BOTH:
         return ArrayDifferences(presence, equal)
@@ -104,19 +118,16 @@ def _params(record: Record, step: int) -> dict[str, np.ndarray]:
     return {n: leaf for n, leaf in leaves.items() if n.startswith("params/")}
 
 
-def _read_outputs(record: Record) -> dict[str, np.ndarray]:
-    digest = record.digests.get("outputs")
-    if digest is None:
+def read_outputs(record: Record) -> dict[str, np.ndarray]:
+    """What came out of a probe; nothing for other runs.
+
+    Raises:
+        RecordError: `outputs.npz` is missing, altered or damaged.
+    """
+    content = record.check_file("outputs", "outputs.npz")
+    if content is None:
         return {}
-    content = record.files.read("outputs.npz")
-    if content is None or hashlib.sha256(content).hexdigest() != digest:
-        what = "is not the file that was recorded (its digest)"
-        raise RecordError(f"{record.name}: outputs.npz {what}.")
-    try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in sorted(arrays.files)}
-    except (ValueError, OSError, KeyError, zipfile.BadZipFile) as error:
-        raise RecordError(f"{record.name}: outputs.npz can't be read.") from error
+    return read_arrays(content, name=f"{record.name}: outputs.npz")
 
 
 def _compare(
@@ -141,6 +152,7 @@ def _compare(
         leaves=len(both),
         differing=len(differing),
         first=differing[0] if differing else None,
+        first_largest=known.get(differing[0]) if differing else None,
         largest=None if leaf is None else known[leaf],
         largest_leaf=leaf,
         ulps=max(ulps, default=None),

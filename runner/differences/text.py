@@ -155,6 +155,7 @@ def _arrays(title: str, found: ArrayDifferences) -> Iterator[str]:
     yield f"{title}: {found.differing} of {found.leaves} common leaves differ{at}"
     rows = [
         ("first", found.first),
+        ("largest |a - b| in it", found.first_largest),
         ("largest |a - b|", _size(found.largest) or None),
         ("of", found.largest_leaf),
         ("float32 values between, at most", found.ulps),

@@ -137,8 +137,8 @@ class Checkpoints:
         import orbax.checkpoint as ocp
 
         if self._manager is None:
-            # its threads log hundreds of lines on what `_told` says in one
-            logging.getLogger("absl").setLevel(logging.CRITICAL)
+            for name in ("absl", "asyncio"):  # hundreds of lines on what `_told` says
+                logging.getLogger(name).setLevel(logging.CRITICAL)
             self._manager = ocp.CheckpointManager(
                 self._directory.resolve(), options=ocp.CheckpointManagerOptions()
             )

@@ -5,6 +5,7 @@ import bz2
 import gzip
 import lzma
 import os
+import struct
 import tarfile
 import tempfile
 import weakref
@@ -249,9 +250,11 @@ def _check_size(where: Path, *, unpacked: int, files: int = 0) -> None:
 _DAMAGED = (
     OSError,
     EOFError,
-    KeyError,
+    LookupError,
+    OverflowError,
     RuntimeError,  # an encrypted zip; NotImplementedError is one, too
     ValueError,
+    struct.error,
     zipfile.BadZipFile,
     zlib.error,
     lzma.LZMAError,

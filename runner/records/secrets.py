@@ -83,12 +83,18 @@ def find_secrets(raw: Any, resolved: Any) -> Secrets:
             continue
         if _NAMES.search(name):
             shown[path] = SECRET
-        elif isinstance(value, str) and _FROM_ENVIRONMENT.search(str(written)):
+        elif isinstance(value, str) and _is_shown_otherwise(str(written), value):
             shown[path] = str(written)
         else:
             continue
         values.add(str(value))
     return Secrets(shown, tuple(sorted(v for v in values if len(v) >= _SHORTEST)))
+
+
+def _is_shown_otherwise(written: str, value: str) -> bool:
+    """Whether a value comes from the environment, or was blotted out of a record."""
+    is_blotted = SECRET in written and written != value
+    return is_blotted or _FROM_ENVIRONMENT.search(written) is not None
 
 
 def _pairs(path: str, raw: Any, resolved: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a recorded config to a spec. A logged config is data; nothing in it is run."""
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runner.errors import ConfigError, did_you_mean
 from runner.records.record import Record
-from runner.records.secrets import SECRET
+from runner.records.secrets import SECRET, Secrets, find_secrets
 from runner.spec import RunSpec, parse_spec
 
-__all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "spec_of"]
+__all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "secrets_of", "spec_of"]
 
 Changes = Mapping[str, Any]
 
@@ -61,6 +62,18 @@ def spec_of(
             fix=f"Give it: {path}=VALUE",
         )
     return parse_spec(config)
+
+
+def secrets_of(record: Record, changes: Changes) -> Secrets:
+    """What a run from a record must not say, and how its own record shows it.
+
+    What a person gives for a leaf that the record does not hold is shown as there.
+    """
+    config, given = dict(record.config), {}
+    for path in changes:
+        with contextlib.suppress(ConfigError):  # an unknown key, refused elsewhere
+            given[path] = _at(config, path)
+    return find_secrets(config, config) | find_secrets(given, dict(changes))
 
 
 def _refuse_changes(

@@ -1,37 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs a record again in a directory of its own, and says what came of it."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
+from runner.differences.arrays import (
+    ArrayDifferences,
+    compare_outputs,
+    compare_params_at,
+    read_outputs,
+)
 from runner.hazards.find import Hazard
 from runner.manifest import facts_of_process
 from runner.probe.probe import Probe
 from runner.program import Compiled
 from runner.recording import record_run
-from runner.records.arrays import read_arrays
 from runner.records.record import Record, read_record
 from runner.records.restore import (
     check_written,
     list_saved,
     read_saved,
-    restore_leaves,
 )
 from runner.records.secrets import Secrets
 from runner.replay.compare import Replay
 from runner.replay.environment import Cause, Difference, compare_environments
 from runner.replay.sameness import check_data, compare_keys
-from runner.replay.verdict import Check, LeafDifference, Reached, Verdict
+from runner.replay.verdict import Check, Reached, Verdict
 from runner.sinks.jsonl import FILES
 from runner.spec import RunSpec
 
 __all__ = ["check_files", "reproduce", "shorten"]
-
-_ROOM = 2**20  # bytes: a checkpoint may hold a little more than this one
 
 
 def shorten(spec: RunSpec, record: Record, *, steps: int | None) -> RunSpec:
@@ -53,7 +52,7 @@ def check_files(record: Record) -> None:
     """
     _ = record.metrics, record.states
     if record.check_file("outputs", "outputs.npz") is not None:
-        _arrays_of(record)
+        read_outputs(record)
     contents = {name: record.files.read(file) or b"" for name, file in FILES.items()}
     for step in list_saved(record.files):
         saved = read_saved(record.files, step, run_id=record.manifest["run_id"])
@@ -139,7 +138,7 @@ def _checks_of(replay: Replay) -> Iterator[Check]:
 
 def _compare_params(
     record: Record, made: Record
-) -> tuple[Check, LeafDifference | None]:
+) -> tuple[Check, ArrayDifferences | None]:
     """The parameters after the last step of the new run, where the record has them."""
     step = made.manifest["steps"]
     is_end = record.manifest["steps"] == step and record.digests.get("params")
@@ -149,41 +148,9 @@ def _compare_params(
         if is_end:
             return Check("params", False, "their digest", "another digest"), None
         return Check("params", None, f"none recorded after {step:,} steps"), None
-    here = restore_leaves(made.files, step)
-    most = sum(leaf.nbytes for leaf in here.values()) + _ROOM
-    there = restore_leaves(record.files, step, most=most)
-    leaves = [_params_of(each) for each in (there, here)]
-    found = _compare_leaves(*leaves)
-    what = f"{len(leaves[0]):,} arrays after {step:,} steps"
-    return Check("params", found is None, what, str(found or "")), found
-
-
-def _params_of(leaves: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return {n: v for n, v in leaves.items() if n.startswith("params/")}
-
-
-def _compare_leaves(
-    recorded: Mapping[str, np.ndarray], here: Mapping[str, np.ndarray]
-) -> LeafDifference | None:
-    names = sorted({*recorded, *here})
-    other = [n for n in names if not _same_array(recorded.get(n), here.get(n))]
-    if not other:
-        return None
-    size = _largest(recorded.get(other[0]), here.get(other[0]))
-    return LeafDifference(other[0], size, len(other), len(names))
-
-
-def _same_array(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
-        return False
-    return a.tobytes() == b.tobytes()
-
-
-def _largest(a: np.ndarray | None, b: np.ndarray | None) -> float | None:
-    if a is None or b is None or a.shape != b.shape or not a.size:
-        return None
-    size = float(np.max(np.abs(b.astype(np.float64) - a.astype(np.float64))))
-    return size if math.isfinite(size) else None
+    found = compare_params_at(step, record, made)
+    what = f"{found.leaves:,} arrays after {step:,} steps"
+    return Check("params", found.equal, what, _spell(found)), found
 
 
 def _compare_outputs(record: Record, made: Record) -> Check:
@@ -191,13 +158,18 @@ def _compare_outputs(record: Record, made: Record) -> Check:
         return Check("outputs", None, "none recorded")
     if record.digests["outputs"] == made.digests["outputs"]:
         return Check("outputs", True, "all bits of outputs.npz")
-    found = _compare_leaves(_arrays_of(record), _arrays_of(made))
-    return Check("outputs", False, "arrays of outputs.npz", str(found or "its bytes"))
+    found = compare_outputs(record, made)
+    return Check("outputs", False, "arrays of outputs.npz", _spell(found))
 
 
-def _arrays_of(record: Record) -> dict[str, np.ndarray]:
-    content = record.files.read("outputs.npz") or b""
-    return read_arrays(content, name=f"{record.name}: outputs.npz")
+def _spell(found: ArrayDifferences) -> str:
+    if found.equal:
+        return ""
+    if found.first is None:
+        return "other arrays"
+    size = found.first_largest
+    by = "of another shape" if size is None else f"by up to {size:.3g}"
+    return f"{found.differing:,} of {found.leaves:,} arrays, first {found.first}: {by}"
 
 
 def _verdict(
@@ -206,7 +178,7 @@ def _verdict(
     environment: tuple[Difference, ...],
     replay: Replay | None = None,
     made: Record | None = None,
-    params: LeafDifference | None = None,
+    params: ArrayDifferences | None = None,
 ) -> Verdict:
     level = _level(checks)
     manifest = record.manifest

@@ -16,7 +16,8 @@ import numpy as np
 
 from runner.course import BEGINNING, Best, Start
 from runner.errors import ConfigError, RecordError
-from runner.keys import draw_canary, is_key, rng_flags
+from runner.kept import restore
+from runner.keys import draw_canary, rng_flags
 from runner.manifest import facts_of_process
 from runner.program import Program
 from runner.recording import Resumption
@@ -113,31 +114,12 @@ def _restore(record: Record, program: Program, step: int) -> dict[str, Any]:
     wanted = {name: getattr(program.initial, name) for name in _KEPT}
     most = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(wanted))
     leaves = restore_leaves(record.files, step, most=most + _ROOM)
-
-    def take(path: Any, shape: Any) -> np.ndarray:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        leaf = leaves.pop(name, None)
-        if is_key(shape) and leaf is not None:
-            return _wrap(leaf, impl=str(program.spec.rng.impl))
-        if leaf is None or leaf.shape != shape.shape or leaf.dtype != shape.dtype:
-            raise RecordError(
-                f"{record.name}: checkpoints/{step}: {name} is not an array "
-                f"of the model (want {shape.dtype}{list(shape.shape)})."
-            )
-        return leaf
-
-    kept: dict[str, Any] = jax.tree_util.tree_map_with_path(take, wanted)
-    if set(leaves) - {"step"}:
-        raise RecordError(
-            f"{record.name}: checkpoints/{step}: {min(set(leaves) - {'step'})} "
-            "is no array of the model."
-        )
-    return kept
-
-
-def _wrap(words: np.ndarray, *, impl: str) -> Any:
-    """Typed keys from their words."""
-    return jax.random.wrap_key_data(jax.numpy.asarray(words), impl=impl)
+    return restore(
+        leaves,
+        like=program.initial,
+        impl=program.plan.impl,
+        name=f"{record.name}: checkpoints/{step}",
+    )
 
 
 def _what_is_another(record: Record, spec: RunSpec) -> str:

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from runner.differences.arrays import ArrayDifferences
 from runner.guarantee import Level
 from runner.replay.compare import FloatDifference
 from runner.replay.environment import Difference
 
-__all__ = ["Check", "LeafDifference", "Reached", "Verdict"]
+__all__ = ["Check", "Reached", "Verdict"]
 
 
 class Reached(StrEnum):
@@ -43,29 +44,6 @@ class Check:
 
 
 @dataclass(frozen=True)
-class LeafDifference:
-    """The first array of the final parameters that differs.
-
-    Args:
-        leaf: Its path.
-        size: Largest |here - recorded| in it; None where the shapes differ.
-        leaves: Number of arrays that differ.
-        of: Number of arrays.
-    """
-
-    leaf: str
-    size: float | None
-    leaves: int
-    of: int
-
-    def __str__(self) -> str:
-        by = (
-            "its shape is another" if self.size is None else f"by up to {self.size:.3g}"
-        )
-        return f"{self.leaves} of {self.of} arrays, first {self.leaf}: {by}"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The verdict on one reproduction.
 
@@ -95,7 +73,7 @@ class Verdict:
     checks: tuple[Check, ...] = ()
     first: FloatDifference | None = None
     largest: tuple[FloatDifference, ...] = ()
-    params: LeafDifference | None = None
+    params: ArrayDifferences | None = None
     environment: tuple[Difference, ...] = ()
     restored: Mapping[str, str] = field(default_factory=dict)
 
@@ -126,7 +104,19 @@ class Verdict:
             "checks": [vars(check) for check in self.checks],
             "first": self.first and self.first.to_plain(),
             "largest": [each.to_plain() for each in self.largest],
-            "params": self.params and vars(self.params),
+            "params": self.params and _plain(self.params),
             "restored": dict(self.restored),
             "environment": [each.to_plain() for each in self.environment],
         }
+
+
+def _plain(found: ArrayDifferences) -> dict[str, Any]:
+    return {
+        "first": found.first,
+        "first_largest": found.first_largest,
+        "differing": found.differing,
+        "leaves": found.leaves,
+        "largest": found.largest,
+        "largest_leaf": found.largest_leaf,
+        "ulps": found.ulps,
+    }

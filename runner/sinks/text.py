@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from runner.errors import printable
 from runner.records.events import Outputs, RunEnd, RunStart
 
 __all__ = [
@@ -40,10 +41,7 @@ Row = tuple[str, str]
 
 def clean(value: object) -> str:
     """Text in which whatever does not print is an escape: ESC becomes `\\x1b`."""
-    return "".join(
-        c if c.isprintable() else c.encode("unicode_escape").decode()
-        for c in str(value)
-    )
+    return printable(str(value))
 
 
 def align(rows: Iterable[tuple[str, ...]]) -> list[str]:

@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a checkpoint keeps of the state, and the way back.
+
+Keys of streams are not kept, they follow from the step. A key of an optimizer's own is,
+as its words: Orbax takes no typed keys.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runner.errors import RecordError
+from runner.keys import is_key
+from runner.step import State
+
+__all__ = ["keep", "restore"]
+
+_PARTS = ("params", "collections", "opt_state")
+
+
+def keep(state: State) -> dict[str, Any]:
+    """The arrays of a state, as Orbax takes them."""
+    kept = {name: getattr(state, name) for name in ("step", *_PARTS)}
+    return {name: jax.tree.map(_words, tree) for name, tree in kept.items()}
+
+
+def restore(
+    leaves: Mapping[str, np.ndarray], *, like: State, impl: str, name: str
+) -> dict[str, Any]:
+    """`params`, `collections` and `opt_state` of a state.
+
+    Args:
+        leaves: Arrays by their paths, as `params/Dense_0/kernel`.
+        like: Shapes and dtypes of the state.
+        impl: PRNG implementation of keys in it.
+        name: What to call the checkpoint in messages.
+
+    Raises:
+        RecordError: an array is missing, too many, or of another shape or dtype.
+    """
+    left = {path: leaf for path, leaf in leaves.items() if path != "step"}
+
+    def take(path: Any, shape: Any) -> Any:
+        at = jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf, want = left.pop(at, None), jax.eval_shape(_words, shape)
+        if leaf is None or leaf.shape != want.shape or leaf.dtype != want.dtype:
+            what = f"{at} is not an array of the model"
+            want_ = f"{want.dtype}{list(want.shape)}"
+            raise RecordError(f"{name}: {what} (want {want_}).")
+        if is_key(shape):
+            return jax.random.wrap_key_data(jnp.asarray(leaf), impl=impl)
+        return leaf
+
+    wanted = {part: getattr(like, part) for part in _PARTS}
+    kept: dict[str, Any] = jax.tree_util.tree_map_with_path(take, wanted)
+    if left:
+        raise RecordError(f"{name}: {min(left)} is no array of the model.")
+    return kept
+
+
+def _words(leaf: Any) -> Any:
+    return jax.random.key_data(leaf) if is_key(leaf) else leaf
