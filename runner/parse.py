@@ -207,7 +207,7 @@ def _build_mapping(hints: tuple[Any, ...], value: Any, path: str) -> Frozen[Any]
     key_hint, value_hint = hints
     default = _default_rule(value_hint)
     if isinstance(value, list | tuple) and default is not None:
-        value = dict.fromkeys(value, default)
+        value = {_build(key_hint, key, path): default for key in value}
     if not isinstance(value, Mapping):
         raise ConfigError(path, "must be a mapping", got=value)
     return Frozen(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`runner reproduce`: real processes; the verdict names what is really different."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -268,6 +269,15 @@ def test_what_may_not_be_set(shell: Shell) -> None:
     assert done.stderr.startswith("error: seed, train.steps: would make it another run")
     assert done.stderr.count("\n") == 1
     assert sorted(os.listdir(shell.cwd)) == before
+
+
+def test_a_run_that_is_being_written_is_refused(shell: Shell, copy: Path) -> None:
+    lock = os.open(copy, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    done = shell("reproduce", str(copy))
+    os.close(lock)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "another process is writing it. Wait for it" in done.stderr
 
 
 def test_changed_code_is_found(shell: Shell, tmp_path: Path) -> None:

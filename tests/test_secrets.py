@@ -233,59 +233,46 @@ def test_a_crash_tells_no_secret(start: Any, tmp_path: Path) -> None:
     assert not leaks(tmp_path, done.stdout, done.stderr, secrets=planted)
 
 
-# Thirty of them: where each stands, and what the record shows instead.
-THIRTY = {
-    **{f"+model.note_{i}": "${oc.env:PLANT_%d}" % i for i in range(10)},
-    **{f"+model.deep_{i}.inner.api_token": "<secret>" for i in range(5)},
-    **{f"+model.list_{i}": "[a,${oc.env:PLANT_%d}]" % (10 + i) for i in range(5)},
-    **{f"+model.url_{i}": "https://<secret>@h.org/x" for i in range(5)},
-    **{f"+model.part_{i}": "/data/${oc.env:PLANT_%d}/x" % (15 + i) for i in range(5)},
-}
-
-
 def test_thirty_secrets_in_all_that_a_run_goes_through(
     start: Any, tmp_path: Path
 ) -> None:
     """Trained, resumed and reproduced, with the values given again by hand."""
-    planted = {f"PLANT_{i}": f"pl4nt-{i:02}-" + "q7" * 6 for i in range(30)}
-    values = {}
-    for i, (path, shown) in enumerate(THIRTY.items()):
-        secret = planted[f"PLANT_{i}"]
-        if "inner" in path:
-            values[path] = secret
-        elif "url" in path:
-            values[path] = f"https://bob:{secret}@h.org/x"
-        else:
-            values[path] = shown.replace(
-                shown[slice(*_span(shown))], "${oc.env:PLANT_%d}" % i
-            )
-    words = [f"{path}={value}" for path, value in values.items()]
-    told = {k: v for k, v in planted.items() if "${oc.env:" in "".join(words)}
-    done = start(
-        *SHORT, *words, "checkpoint.every=6", "sinks.wandb.mode=offline", **told
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    run = next(path.parent for path in tmp_path.rglob("run.json"))
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    assert config["model"]["deep_0"]["inner"]["api_token"] == "<secret>"
-    again = []
-    for word in words:
-        path, _, value = word.lstrip("+").partition("=")
-        for name, secret in planted.items():
-            value = value.replace("${oc.env:%s}" % name, secret)
-        again.append(f"{path}='{value}'" if value[0] != "[" else f"{path}={value}")
-    given = [word for path in again for word in ("--set", path)]
+    planted = {f"PLANT_{i}": f"pl4nt-{i:02}-{'q7' * 6}" for i in range(30)}
+    values = list(planted.values())
+    trained: dict[str, str] = {}  # as training is told
+    given: dict[str, str] = {}  # as whoever runs the record again is
+    for i, (name, value) in enumerate(planted.items()):
+        kinds = {
+            f"note_{i}": (f"${{oc.env:{name}}}", value),
+            f"part_{i}": (f"/data/${{oc.env:{name}}}/x", f"/data/{value}/x"),
+            f"named_{i}_token": (value, value),
+            f"url_{i}": (f"https://bob:{value}@h.org/x",) * 2,
+        }
+        path, (told, again) = list(kinds.items())[i % 4]
+        trained[f"+model.{path}"] = f"'{told}'"
+        given[f"model.{path}"] = f"'{again}'"
+    words = [f"{path}={value}" for path, value in trained.items()]
+    again = [f"{path}={value}" for path, value in given.items()]
+    by_hand = [word for each in again for word in ("--set", each)]
+    done = start(*SHORT, *words, "checkpoint.every=6", **planted)
+    (run,) = (path.parent for path in tmp_path.rglob("run.json"))
+    config = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    assert config["note_0"] == "${oc.env:PLANT_0}"
+    assert config["named_2_token"] == "<secret>"
+    assert config["url_3"] == "https://<secret>@h.org/x"
     more = start("resume", str(run), "train.steps=18", *again)
-    assert (more.returncode, more.stderr) == (0, ""), more
-    twice = start("reproduce", str(run), *given)
-    assert (twice.returncode, twice.stderr) == (0, ""), twice
-    assert len(list(tmp_path.rglob("verdict.json"))) == 1
-    refused = start("reproduce", str(run), *given, "--set", "model.note_0.x=1")
+    twice = start("reproduce", str(run), *by_hand)
+    stages = (done, more, twice)
+    assert [(each.returncode, each.stderr) for each in stages] == [(0, "")] * 3
+    (verdict,) = tmp_path.rglob("verdict.json")
+    shown = yaml.safe_load(verdict.with_name("config.yaml").read_text())["model"]
+    assert shown == config
+    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    refused = start("reproduce", str(run), *by_hand, "--set", f"seed={values[0]}")
     assert refused.returncode == 2
-    said = [each for d in (done, more, twice, refused) for each in (d.stdout, d.stderr)]
+    missing = start("reproduce", str(run), *by_hand[2:])
+    assert missing.returncode == 2
+    every = (*stages, refused, missing)
+    said = [text for each in every for text in (each.stdout, each.stderr)]
     found = leaks(tmp_path, *said, secrets=planted)
     assert not found, "\n".join(found)
-
-
-def _span(shown: str) -> tuple[int, int]:
-    return shown.index("${"), shown.index("}") + 1

@@ -15,7 +15,7 @@ from runner.cli.tables import print_table
 from runner.determinism import restore_platform
 from runner.errors import AlteredRecordError
 from runner.parse import to_plain
-from runner.records.files import write_atomically
+from runner.records.files import refuse_writer, write_atomically
 from runner.records.record import Record, read_record
 from runner.sinks.text import clean
 from runner.spec import CheckpointSpec, SinksSpec, TerminalSpec, WandbSpec
@@ -33,6 +33,8 @@ def main(args: list[str]) -> int:
     options = _parser().parse_args(args)
     try:
         record = read_record(options.run)
+        if record.files.directory is not None:
+            refuse_writer(record.files.directory)  # what is compared must not change
         verdict, was_stopped = _reproduce(record, options)
     except AlteredRecordError as error:
         from runner.replay.verdict import Verdict

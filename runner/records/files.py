@@ -18,6 +18,7 @@ __all__ = [
     "clear_unfinished",
     "lock_directory",
     "refuse_links",
+    "refuse_writer",
     "sync",
     "write_atomically",
 ]
@@ -86,6 +87,22 @@ def lock_directory(path: Path) -> bool:
         os.close(lock)
         return False
     return True
+
+
+def refuse_writer(path: Path) -> None:
+    """Refuses a run directory that another process is writing just now.
+
+    Raises:
+        RecordError: one is.
+    """
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        what = "another process is writing it"
+        raise RecordError(f"{path}: {what}. Wait for it, or stop it.") from None
+    finally:
+        os.close(opened)
 
 
 def refuse_links(directory: Path) -> None:
