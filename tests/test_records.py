@@ -99,6 +99,15 @@ def test_an_existing_directory_without_a_run_may_be_named(tmp_path: Path) -> Non
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "checkpoints"])
+def test_files_of_anothers_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(RecordError, match=f"holds a {name} already"):
+        claim_directory(tmp_path, exact=True)
+    assert (tmp_path / name).read_text() == "mine"
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("exact", [True, False])
 def test_what_can_not_be_written_is_refused(tmp_path: Path, exact: bool) -> None:
     (tmp_path / "file").touch()

@@ -23,6 +23,7 @@ __all__ = [
     "write_atomically",
 ]
 
+_OURS = ("config.yaml", "metrics.jsonl", "states.jsonl", "outputs.npz", "checkpoints")
 _MIRRORS = ("wandb", "tensorboard")  # directories of what others write
 
 
@@ -65,6 +66,12 @@ def _claim_exactly(path: Path, field: str) -> Path:
             f"{field}: holds a run already (got {str(path)!r}). "
             f"Set {field} to a new directory."
         )
+    for name in _OURS:  # a launch that was killed before its run.json left none
+        if (path / name).exists():
+            raise RecordError(
+                f"{field}: holds a {name} already, which a run would write to "
+                f"(got {str(path)!r}). Set {field} to a new directory."
+            )
     if not lock_directory(path):
         raise RecordError(
             f"{field}: holds a run already, just begun (got {str(path)!r}). "
