@@ -117,7 +117,9 @@ class Trial:
 
     def __str__(self) -> str:
         found = self.fault or "equal"
-        return f"{self.case}: killed {', '.join(self.kills)}; {found}"
+        return (
+            f"{self.case}, {self.moment}: killed after {', '.join(self.kills)}; {found}"
+        )
 
 
 class _CommandError(Exception):

@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from damage import Bench, Outcome, make_bench, outcome_of, read, table, try_damage
 
+from runner.errors import AlteredRecordError
+from runner.records.record import read_record
+
 pytestmark = pytest.mark.xdist_group("damage")
 
 
@@ -40,6 +43,30 @@ def test_what_no_verb_reads_may_be_damaged(bench: Bench) -> None:
     tried = [try_damage(bench, draw, record="run") for _ in range(60)]
     idle = {outcome for _, group, _, outcome in tried if "no verb" in group}
     assert idle <= {Outcome.SAME, Outcome.FOUND}  # found: swapped with another
+
+
+@pytest.mark.parametrize(
+    ("record", "name", "part"),
+    [
+        ("run", "metrics.jsonl", "metrics"),
+        ("run", "states.jsonl", "states"),
+        ("probe", "outputs.npz", "outputs"),
+    ],
+)
+def test_a_file_is_the_one_that_its_digest_names(
+    bench: Bench, record: str, name: str, part: str
+) -> None:
+    """Also where no value in it is another."""
+    file = bench.records[record] / name
+    kept = file.read_bytes()
+    whole = read_record(str(bench.records[record]))
+    file.write_bytes(kept.replace(b", ", b",  ", 1) + b"\n" * (part == "outputs"))
+    with pytest.raises(AlteredRecordError, match=name):
+        whole.check_file(part, name)
+    file.unlink()
+    with pytest.raises(AlteredRecordError, match=f"{name} is missing"):
+        read_record(str(bench.records[record])).check_file(part, name)
+    file.write_bytes(kept)
 
 
 def test_of_a_killed_run_the_metrics_are_compared(bench: Bench) -> None:

@@ -92,6 +92,8 @@ def naming_trust() -> Iterator[None]:
     try:
         yield
     except UntrustedTargetError as error:
+        if not str(error.fix).startswith("Add its package"):  # it can't be trusted
+            raise
         package = str(error.got).partition(".")[0]
         raise UntrustedTargetError(
             error.path,

@@ -113,6 +113,7 @@ class _Run:
             dir=self.opening["directory"],
             id=run_id,
             mode=mode,
+            resume="allow",  # else an online run that has the id is overwritten
             config=self.opening["config"],
             reinit="create_new",
             settings=settings,
