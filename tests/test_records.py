@@ -395,7 +395,7 @@ def test_members_that_nobody_asks_for_are_not_read(empty: Path, write: Write) ->
 def test_a_huge_member_is_refused(
     empty: Path, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("runner.records.reading._LIMIT", 1000)
+    monkeypatch.setattr("runner.records.reading._MOST_PLAIN", 1000)
     write(empty, GOOD | {"keys/ledger.json": b" " * 1000 + b"1"})
     files = open_run(str(empty))
     with pytest.raises(RecordError, match=r"keys/ledger\.json"):

@@ -300,12 +300,13 @@ def test_the_command_trains_on(runner: Run, tmp_path: Path) -> None:
     done = runner("resume", f"{tmp_path}/twice", "train.steps=70")
     assert (done.returncode, done.stderr) == (0, "")
     assert left_of(tmp_path / "twice") == left_of(tmp_path / "once")
-    # and there is nothing left to do then
+    # and there is nothing left to do then: a script that asks again is right, too
     before = files_of(tmp_path / "twice")
     done = runner("resume", f"{tmp_path}/twice")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("error: train.steps: the run has taken 70 steps")
-    assert len(done.stderr.splitlines()) == 1
+    assert (done.returncode, done.stderr) == (0, "")
+    said, last = done.stdout.splitlines()
+    assert said.startswith(f"{tmp_path}/twice: the run is complete, it took 70 steps.")
+    assert last == f"{tmp_path}/twice"
     assert files_of(tmp_path / "twice") == before
 
 

@@ -4,6 +4,7 @@
 import argparse
 from pathlib import Path
 
+from runner.cli import print_last
 from runner.cli.changes import parse_changes
 from runner.cli.running import (
     claim_new,
@@ -42,6 +43,8 @@ def main(args: list[str]) -> int:
     if isinstance(spec.task, ProbeSpec):
         what = "a probe has nothing to go on from"
         raise RecordError(f"{options.run}: {what}. Use reproduce to run it again.")
+    if record.manifest["status"] == "completed" and "train.steps" not in changes:
+        return _let_be(record)
     cache = spec.train.compile_cache
     if cache is not None and "train.compile_cache" not in changes:
         cache = "auto"  # a directory that a record names may be anyone's
@@ -80,6 +83,16 @@ def _lock(run: str) -> Record:
             raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
         refuse_links(directory)
     return read_record(run)
+
+
+def _let_be(record: Record) -> int:
+    """A run that took all its steps is as it should be: a script may ask twice."""
+    steps = record.manifest["steps"]
+    fix = f"Say train.steps=N with N above {steps:,} to train it on"
+    print(f"{record.name}: the run is complete, it took {steps:,} steps. {fix}.")
+    directory = record.files.directory
+    print_last(record.name if directory is None else str(directory.resolve()))
+    return 0
 
 
 def _resume(

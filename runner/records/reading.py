@@ -22,13 +22,13 @@ from runner.records.plain import read_plain_json
 
 __all__ = ["RunFiles", "open_run"]
 
-_LIMIT = 256 * 2**20  # bytes of a file that is read as a whole
+_MOST = 4 * 2**30  # bytes of a file that is read as a whole: metrics of a long run
+_MOST_PLAIN = 64 * 2**20  # of one that is JSON or YAML
 _BLOCK = 2**20
 _MOST_FILES = 100_000
 _MOST_UNPACKED = 16 * 2**30  # bytes of an archive, all files together
 _MOST_RATIO = 200  # by which an archive of more than this may be packed:
 _FREE_RATIO = 256 * 2**20
-_BLOCK = 2**20
 _ANCHOR = "run.json"
 
 
@@ -47,20 +47,24 @@ class RunFiles:
     names: frozenset[str]
     _open: Callable[[str], AbstractContextManager[IO[bytes]]]
 
-    def read(self, name: str) -> bytes | None:
+    def read(self, name: str, *, most: int | None = None) -> bytes | None:
         """A file's bytes; None where there is no such file.
+
+        Args:
+            name: The file.
+            most: Bytes that it may have.
 
         Raises:
             RecordError: it can't be read, or is too large for a file of a record.
         """
         if name not in self.names:
             return None
-        content = bytearray()
+        most, content = most or _MOST, bytearray()
         with self.open(name) as stream:
-            while len(content) <= _LIMIT and (block := stream.read(_BLOCK)):
+            while len(content) <= most and (block := stream.read(_BLOCK)):
                 content += block  # the size that an archive tells may be a lie
-        if len(content) > _LIMIT:
-            what = f"{name} can't be read (larger than {_LIMIT >> 20} MiB)"
+        if len(content) > most:
+            what = f"{name} can't be read (larger than {most >> 20:,} MiB)"
             raise RecordError(f"{self.name}: {what}.")
         return bytes(content)
 
@@ -70,10 +74,14 @@ class RunFiles:
         Raises:
             RecordError: it is absent or not JSON.
         """
-        content = self.read(name)
+        content = self.read_plain(name)
         if content is None:
             raise RecordError(f"{self.name}: {name} is missing, so damaged.")
         return read_plain_json(content, name=f"{self.name}: {name}")
+
+    def read_plain(self, name: str) -> bytes | None:
+        """The bytes of a JSON or YAML file, which is never a large one."""
+        return self.read(name, most=_MOST_PLAIN)
 
     @contextmanager
     def open(self, name: str) -> Iterator[IO[bytes]]:

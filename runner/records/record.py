@@ -158,7 +158,7 @@ def _read_settled(
 ) -> dict[str, Any]:
     """A file that the manifest names by its digest, renamed already or not yet."""
     for there in (name, name + NEXT):
-        content = files.read(there)
+        content = files.read_plain(there)
         if content is None:
             continue
         value = read(content, name=f"{files.name}: {there}")
