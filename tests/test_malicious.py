@@ -729,7 +729,7 @@ def test_data_are_read_from_files_alone(
 def test_a_line_without_end(
     command: Command, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "_LIMIT", 2**20)
+    monkeypatch.setattr(reading, "_MOST", 2**20)
     line = b'{"phase": "train", "step": 0, "x": "' + b"y" * 2**21 + b'"}\n'
     record = forge(
         run, tmp_path / "x", lambda parts: parts.texts.update({"metrics.jsonl": line})
