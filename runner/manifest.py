@@ -111,6 +111,14 @@ def take_over(
         **manifest,
         **{name: before[name] for name in ("run_id", "started", "sweep")},
         "guarantee": {"level": level, "reasons": list(dict.fromkeys(reasons))},
-        "parent": {"run_id": before["run_id"], "verb": "resume", "step": step},
+        "parent": _parent(before, step),
         "resumed": [*before.get("resumed", []), session],
     }
+
+
+def _parent(before: Mapping[str, Any], step: int) -> dict[str, Any]:
+    """A run that reproduces another still does when it goes on."""
+    parent: dict[str, Any] = before.get("parent") or {}
+    if parent.get("verb") == "reproduce":
+        return parent
+    return {"run_id": before["run_id"], "verb": "resume", "step": step}

@@ -15,7 +15,7 @@ import yaml
 
 from runner.comparison.compare import Comparison
 from runner.course import BEGINNING, Start
-from runner.errors import RunFailedError
+from runner.errors import RecordError, RunFailedError
 from runner.hazards.find import Hazard
 from runner.kept import keep
 from runner.ledger import make_ledger, stream_rows
@@ -120,11 +120,17 @@ def record_run(
         listen: Told each event when it has been written.
 
     Raises:
-        RecordError: the record can't be written.
+        RunFailedError: the record can't be written.
     """
     recording = _Recording(program, directory, secrets, hazards, resumption)
     recording.open_manifest(sweep=sweep, parent=parent)
-    return recording.run(stop, listen)
+    try:
+        return recording.run(stop, listen)
+    except RecordError as error:
+        raise RunFailedError(str(error)) from error
+    except OSError as error:  # of the first or the last manifest
+        what = f"{directory}: can't be written ({error.strerror or error})"
+        raise RunFailedError(f"{what}.") from error
 
 
 class _Recording:

@@ -55,7 +55,7 @@ def test_costs_of_a_run_are_those_of_its_programs(make_spec: Any) -> None:
     program = compile_run(make_spec(*SMALL))
     again = compile_run(make_spec(*SMALL))
     found = estimate_costs(program.programs)
-    assert list(found) == ["setup", "train", "evaluate"]
+    assert list(found) == ["setup", "train", "evaluate", "digest"]
     for name, row in found.items():
         own = again.programs[name].cost_analysis()
         assert row["flops"] == int(own["flops"])
@@ -78,7 +78,7 @@ def test_a_step_of_a_wider_model_costs_more(make_spec: Any) -> None:
 def test_plan_has_costs_and_lifts(runner: Any) -> None:
     words = ("plan", "+experiment=deep", "model.depth=2", "model.features=8", "--json")
     document = json.loads(runner(*words).stdout)
-    assert list(document["costs"]) == ["setup", "train", "evaluate"]
+    assert list(document["costs"]) == ["setup", "train", "evaluate", "digest"]
     for row in document["costs"].values():
         assert list(row) == FIELDS
         assert all(isinstance(n, int) and n > 0 for n in row.values())

@@ -407,7 +407,7 @@ def separator() -> Iterator[None]:
 def train_by_yaml(make_spec: Any, *overrides: str) -> tuple[Any, Result]:
     from runner.compile import compile_run
     from runner.loop import Outcome, train
-    from runner.records.events import TrainRecord
+    from runner.records.events import EvalRecord, TrainRecord
 
     common = (f"seed={SEED}", f"data.batch_size={BATCH}", f"train.steps={STEPS}")
     common += ("train.steps_per_call=5", "eval.every=null")
@@ -426,7 +426,7 @@ def train_by_yaml(make_spec: Any, *overrides: str) -> tuple[Any, Result]:
             assert (event.status, event.step) == ("completed", STEPS)
             last = jax.device_get(event.state)
             result.params, result.collections = last.params, last.collections
-        else:
+        elif isinstance(event, EvalRecord):
             result.eval = dict(event.metrics)
     return program, result
 

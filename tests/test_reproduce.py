@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runner.records.digests import digest_file, digest_manifest
 from runner.records.record import read_record
 from runner.replay.compare import Replay
 from runner.replay.environment import Cause, compare_environments
@@ -157,6 +158,28 @@ def test_forced_devices_are_named(shell: Shell) -> None:
     assert 0 < verdict["params"]["first_largest"] < 1e-3
 
 
+def test_what_was_promised_no_bits_is_compared_to_the_end(
+    shell: Shell, copy: Path
+) -> None:
+    """Without the promise, a float that differs is no reason to look no further."""
+    file, manifest = copy / "metrics.jsonl", json.loads((copy / "run.json").read_text())
+    rows = file.read_text().splitlines(keepends=True)
+    rows[3] = json.dumps({**json.loads(rows[3]), "loss": 2.5}) + "\n"
+    file.write_text("".join(rows))
+    shutil.rmtree(copy / "checkpoints")  # they vouch for the file as it was
+    manifest["digests"]["metrics"] = digest_file(file)
+    compared = {}
+    for level in ("bit-exact", "key-exact"):
+        manifest["guarantee"]["level"] = level
+        manifest["digest"] = digest_manifest(manifest)
+        (copy / "run.json").write_text(json.dumps(manifest))
+        code, verdict = shell.reproduce(str(copy))
+        assert (verdict["level"], verdict["first"]["step"]) == ("key-exact", 3)
+        assert verdict["kept"] is (code == 0) is (level == "key-exact")
+        compared[level] = verdict["steps"]["compared"]
+    assert compared["bit-exact"] < compared["key-exact"] == 60
+
+
 def test_a_flag_of_the_environment_is_named(shell: Shell) -> None:
     flag = "--xla_cpu_enable_fast_math=true"
     _, verdict = shell.reproduce("made", XLA_FLAGS=flag)
@@ -175,7 +198,19 @@ def test_another_generator_is_different(shell: Shell) -> None:
     assert (code, verdict["level"]) == (1, "different")
     assert checks_of(verdict)["generator"] is False
     assert verdict["directory"] is None
-    assert "another generator" in verdict["reason"]
+    assert "another generator (rng.canary: other bits, " in verdict["reason"]
+    assert "another flag (platform.jax_config.jax_random_seed" in verdict["reason"]
+    assert verdict["restored"] == {"NPROC": "4"}
+
+
+def test_a_warning_is_in_the_log_of_the_new_run(shell: Shell) -> None:
+    unused = "+rng.streams.spare={phases: [train], per: [step]}"
+    done = shell(*ARGS, *MORE, unused, "hydra.run.dir=spare")
+    assert done.returncode == 0, done.stderr
+    done = shell("reproduce", "spare", "--steps", "2", "--out", "spare again")
+    assert done.stderr.startswith("WARNING: R005: rng.streams.spare: ")
+    log = (shell.cwd / "spare again" / "runner.log").read_text()
+    assert " WARNING R005: rng.streams.spare: " in log
 
 
 @pytest.mark.parametrize("steps", [1, 20, 33])

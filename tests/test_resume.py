@@ -384,6 +384,15 @@ def test_the_terminal_and_the_log_say_what_was_passed_over(
     assert "WARNING going on from step 20 instead" in log
 
 
+def test_a_warning_is_said_once(runner: Run, run: Path) -> None:
+    """In a process of its own: absl gives a root without handlers one of its own."""
+    flip(array_data(run / "checkpoints" / "30"))
+    done = runner("resume", str(run))
+    first, second, _ = done.stderr.splitlines()  # there are 8 devices here
+    assert first.startswith("WARNING: checkpoint 30 can't be used: ")
+    assert second == "WARNING: going on from step 20 instead"
+
+
 def test_what_a_save_left_unfinished_is_cleared_away(
     program: Any, whole: Path, run: Path
 ) -> None:
@@ -409,6 +418,7 @@ REFUSED = {
     "model.dropout_rte=0.1": "model.dropout_rte: unknown key",
     "train.steps=0": "train.steps: ",
     "+seed=1": "seed: a record's config takes plain values",
+    "train.steps": "train.steps: needs a value. Say train.steps=VALUE.",
 }
 
 

@@ -601,18 +601,27 @@ def test_unknown_wandb_mode(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # TensorBoard
 
+SPEC = TensorboardSpec("enabled", every=30)
 
-def test_tensorboard(tmp_path: Path) -> None:
+
+def events_of(run: RunStart) -> list[Any]:
+    """What the only event file of a run holds."""
     from tensorboardX.proto.event_pb2 import Event
 
-    sink = make_tensorboard_sink(TensorboardSpec("enabled", every=30))
-    play(sink, start_of(tmp_path))
-    (file,) = (tmp_path / "tensorboard").iterdir()
+    (file,) = (run.directory / "tensorboard").iterdir()
     data, events = file.read_bytes(), []
     while data:  # length, its checksum, event, its checksum
         (length,) = struct.unpack("<Q", data[:8])
         events.append(Event.FromString(data[12 : 12 + length]))
         data = data[16 + length :]
+    return events
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    sink, run = make_tensorboard_sink(SPEC), start_of(tmp_path)
+    play(sink, run)
+    events = events_of(run)
+    assert not any(event.HasField("session_log") for event in events)
     points = {(v.tag, e.step): v.simple_value for e in events for v in e.summary.value}
     assert points == {
         **{
@@ -620,6 +629,13 @@ def test_tensorboard(tmp_path: Path) -> None:
         },
         ("eval/accuracy", 100): 0.75,
     }
+
+
+def test_tensorboard_hides_what_a_resumed_run_takes_again(tmp_path: Path) -> None:
+    sink, run = make_tensorboard_sink(SPEC), start_of(tmp_path, first_step=40)
+    play(sink, run)
+    hidden = [e.step for e in events_of(run) if e.HasField("session_log")]
+    assert hidden == [41]  # and all after it, as TensorBoard reads it
 
 
 def test_tensorboard_missing(monkeypatch: pytest.MonkeyPatch) -> None:

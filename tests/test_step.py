@@ -283,6 +283,7 @@ Evaluate = Callable[[int | None, np.ndarray], dict[str, float]]
 def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
     """Evaluates a linear model at step 0: (eval.batch_size, targets) to metrics."""
     from runner.compile import compile_run
+    from runner.course import BEGINNING
     from runner.loop import _Loop
 
     path: Path = tmp_path_factory.mktemp("eval")
@@ -301,9 +302,10 @@ def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evalua
             f"eval.batch_size={'null' if batch_size is None else batch_size}",
         )
         program = compile_run(spec)
-        loop = _Loop(program, lambda: False, None)
+        loop = _Loop(program, BEGINNING, lambda: "", None)
         state, loop.keys, loop.hypers = program.start()
-        result, _ = jax.device_get(loop._evaluate(state, 0))
+        loop._evaluate(state, 0)
+        result, _ = jax.device_get(loop.pending.pop().result)
         kernel = np.asarray(state.params["Dense_0"]["kernel"])
         error = (tests["x_test"] @ kernel)[:, 0] - targets.astype(np.float64)
         return {k: float(v / n) for k, v in result.items()} | {

@@ -20,6 +20,8 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
     """
     changes: dict[str, Any] = {}
     for word in words:
+        if "=" not in word and not word.startswith("~"):
+            raise ConfigError(word, "needs a value", fix=f"Say {word}=VALUE")
         try:
             override = OverridesParser.create().parse_override(word)
         except HydraException as error:
@@ -27,9 +29,8 @@ def parse_changes(words: list[str]) -> dict[str, Any]:
         path, value = override.key_or_group, override.value()
         plain = getattr(override.type, "name", "") == "CHANGE"
         if not plain or override.is_sweep_override():
-            raise ConfigError(
-                path, "a record's config takes plain values", got=word, fix="PATH=VALUE"
-            )
+            rule = "a record's config takes plain values"
+            raise ConfigError(path, rule, got=word, fix="Say PATH=VALUE")
         changes[path] = _plain(value)
     return changes
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from runner.cli.config import Composed
 from runner.cli.secrecy import keep_secret
+from runner.errors import RunFailedError
 from runner.records.files import write_atomically
 from runner.records.secrets import find_secrets
 
@@ -16,10 +17,12 @@ __all__ = ["write_hydra_files"]
 
 
 def write_hydra_files(directory: Path, composed: Composed) -> None:
-    """Writes `.hydra/{config,hydra,overrides}.yaml` as Hydra itself does."""
+    """Writes `.hydra/{config,hydra,overrides}.yaml` as Hydra itself does.
+
+    Raises:
+        RunFailedError: they can't be written.
+    """
     job = HydraConfig.get()
-    folder = directory / ".hydra"
-    folder.mkdir(exist_ok=True)
     own = OmegaConf.to_container(job)
     secrets = composed.secrets | keep_secret(find_secrets(own, own))
     files: dict[str, Any] = {
@@ -29,6 +32,12 @@ def write_hydra_files(directory: Path, composed: Composed) -> None:
             OmegaConf.to_container(job.overrides.task, resolve=False)
         ),
     }
-    for name, content in files.items():
-        text = OmegaConf.to_yaml(OmegaConf.create(content))
-        write_atomically(folder / name, text)
+    folder = directory / ".hydra"
+    try:
+        folder.mkdir(exist_ok=True)
+        for name, content in files.items():
+            text = OmegaConf.to_yaml(OmegaConf.create(content))
+            write_atomically(folder / name, text)
+    except OSError as error:
+        what = f"{folder}: can't be written ({error.strerror or error})"
+        raise RunFailedError(f"{what}.") from error

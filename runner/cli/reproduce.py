@@ -2,6 +2,7 @@
 """`runner reproduce RUN`: runs it again from its record, and gives a verdict."""
 
 import argparse
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -9,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 from runner.cli import print_last
 from runner.cli.changes import parse_changes
-from runner.cli.running import claim_new, make_program, naming_trust, stop_on_signals
+from runner.cli.running import (
+    claim_new,
+    keep_log,
+    make_program,
+    naming_trust,
+    stop_on_signals,
+)
 from runner.cli.secrecy import keep_secret
 from runner.cli.tables import print_table
 from runner.determinism import restore_platform
-from runner.errors import AlteredRecordError
+from runner.errors import AlteredRecordError, RunFailedError
 from runner.parse import to_plain
 from runner.records.files import refuse_writer, write_atomically
 from runner.records.record import Record, read_record
@@ -42,8 +49,7 @@ def main(args: list[str]) -> int:
         verdict, was_stopped = Verdict.of_altered(options.run, str(error)), False
     document = verdict.to_plain()
     if verdict.directory is not None:
-        text = json.dumps(document, indent=1, allow_nan=False)
-        write_atomically(Path(verdict.directory, "verdict.json"), text + "\n")
+        _write(document, Path(verdict.directory, "verdict.json"))
     if options.json:
         json.dump(document, sys.stdout, indent=1, allow_nan=False)
         print()
@@ -102,17 +108,31 @@ def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, b
     spec = shorten(spec, record, steps=options.steps)
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=spec.train.compile_cache)
-    with stop_on_signals() as stop:
+    with contextlib.ExitStack() as stack, stop_on_signals() as stop:
+
+        def claim() -> Path:
+            directory = claim_new(spec, options.out)
+            stack.enter_context(keep_log(directory))
+            return directory
+
         verdict = reproduce(
             record,
             program,
-            directory=lambda: claim_new(spec, options.out),
+            directory=claim,
             hazards=hazards,
             secrets=secrets,
             stop=stop,
             restored=restored,
         )
         return verdict, bool(stop())
+
+
+def _write(document: Any, path: Path) -> None:
+    text = json.dumps(document, indent=1, allow_nan=False)
+    try:
+        write_atomically(path, text + "\n")
+    except OSError as error:
+        raise RunFailedError(f"{path}: can't be written ({error.strerror}).") from error
 
 
 def _fixed(record: Record, *, quiet: bool) -> dict[str, Any]:

@@ -136,6 +136,7 @@ def keep_log(directory: Path) -> Iterator[None]:
     console.setFormatter(BlottingFormatter("%(levelname)s: %(message)s"))
     console.setLevel(logging.WARNING)
     root, ours = logging.getLogger(), logging.getLogger("runner")
+    _drop_absls(root)
     before, level = ours.level, root.level
     root.setLevel(logging.WARNING)
     ours.setLevel(logging.INFO)
@@ -149,3 +150,12 @@ def keep_log(directory: Path) -> Iterator[None]:
         file.close()
         ours.setLevel(before)
         root.setLevel(level)
+
+
+def _drop_absls(root: logging.Logger) -> None:
+    """Orbax logs while it is imported, and absl gives a root without handlers one for
+    it: that would say each warning twice, once with secrets in it.
+    """
+    for handler in list(root.handlers):
+        if type(handler) is logging.StreamHandler:
+            root.removeHandler(handler)

@@ -200,6 +200,7 @@ def _digest_folder(folder: Path) -> dict[str, str]:
 def _delete(directory: Path, step: int) -> None:
     """Takes the step off the list, then its files."""
     (directory / f"{step}.json").unlink()
+    sync(directory)  # a power cut in between must not bring it back
     shutil.rmtree(directory / str(step))
 
 

@@ -79,7 +79,7 @@ class Replay:
     Args:
         record: What it is held against.
         goes_on: Whether floats may differ without ending the run: where the machine
-            is another one.
+            is another one, or no bits were promised.
     """
 
     def __init__(self, record: Record, *, goes_on: bool) -> None:

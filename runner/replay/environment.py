@@ -46,8 +46,7 @@ class Difference:
         return self.cause not in (Cause.GENERATOR, Cause.CODE, Cause.NONE)
 
     def __str__(self) -> str:
-        shown = f"{_spell(self.recorded)}, here {_spell(self.here)}"
-        return f"{self.cause} ({self.path}: {shown})"
+        return f"{self.cause} ({self.path}: {_spell_both(self.recorded, self.here)})"
 
     def to_plain(self) -> dict[str, Any]:
         """Itself as plain data."""
@@ -126,7 +125,13 @@ def _cause(path: str) -> Cause:
     return Cause.NONE
 
 
+def _spell_both(recorded: Any, here: Any) -> str:
+    if isinstance(recorded, Mapping) and isinstance(here, Mapping):  # the canary
+        names = sorted({*recorded, *here})
+        other = [name for name in names if recorded.get(name) != here.get(name)]
+        return f"other {', '.join(other)}"
+    return f"{_spell(recorded)}, here {_spell(here)}"
+
+
 def _spell(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "other draws"
     return "not set" if value is None else str(value)

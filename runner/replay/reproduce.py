@@ -11,6 +11,7 @@ from runner.differences.arrays import (
     compare_params_at,
     read_outputs,
 )
+from runner.guarantee import Level
 from runner.hazards.find import Hazard
 from runner.manifest import facts_of_process
 from runner.probe.probe import Probe
@@ -89,9 +90,10 @@ def reproduce(
     environment = compare_environments(record.manifest, here)
     checks = [_check_generator(environment), compare_keys(record, program)]
     if not all(check.equal for check in checks):
-        return _verdict(record, checks, environment)
+        return replace(_verdict(record, checks, environment), restored=dict(restored))
     checks.append(Check("data", True, "digest of all rows"))
-    goes_on = any(each.rounds for each in environment)
+    is_exact = record.manifest["guarantee"]["level"] == Level.BIT_EXACT
+    goes_on = not is_exact or any(each.rounds for each in environment)
     replay, where = Replay(record, goes_on=goes_on), directory()
     record_run(
         program,
@@ -110,6 +112,7 @@ def reproduce(
     params, at_end = _compare_params(record, made)
     checks += _checks_of(replay)
     checks += [params] if program.steps else []
+    checks += _check_observed(made)
     checks += [_compare_outputs(record, made)] if isinstance(program, Probe) else []
     verdict = _verdict(record, checks, environment, replay, made, at_end)
     return replace(verdict, restored=dict(restored))
@@ -119,6 +122,16 @@ def _check_generator(environment: tuple[Difference, ...]) -> Check:
     other = [str(each) for each in environment if each.cause is Cause.GENERATOR]
     what = "bits, uniform, normal and permutation of a fixed key"
     return Check("generator", not other, what, "; ".join(other))
+
+
+def _check_observed(made: Record) -> Iterator[Check]:
+    """With `rng.observe`: whether the keys that were used are those of the ledger."""
+    observed = made.manifest.get("observed")
+    if observed:
+        what = f"{observed['keys']:,} keys as they were used"
+        differs = observed["status"] == "different"
+        found = made.manifest["reason"] if differs else ""
+        yield Check("observed", not differs, what, found)
 
 
 def _checks_of(replay: Replay) -> Iterator[Check]:
@@ -199,7 +212,7 @@ def _verdict(
     )
 
 
-_KEYS = ("generator", "keys", "data", "batches")
+_KEYS = ("generator", "keys", "data", "batches", "observed")
 
 
 def _level(checks: list[Check]) -> Reached:
@@ -217,16 +230,15 @@ def _reason(
     environment: tuple[Difference, ...],
     replay: Replay | None,
 ) -> str:
-    causes = [each for each in environment if each.cause is not Cause.NONE]
+    told = (Cause.NONE, Cause.GENERATOR)  # another generator is a check of its own
+    causes = [each for each in environment if each.cause not in told]
     why = "; ".join(map(str, causes[:3])) or "nothing that was recorded says why"
     if level is Reached.BIT_EXACT:
         return "every bit that was compared is as recorded"
     if level is Reached.DIFFERENT:
         found = next(c for c in checks if c.equal is False and c.what in _KEYS)
         what = f"{found.what} differ{'s' if found.what == 'generator' else ''}"
-        return f"{what}: {found.found}" + (
-            "" if found.what == "generator" else f". {why}"
-        )
+        return f"{what}: {found.found}. {why}"
     others = [check for check in checks if check.equal is False]
     if not others:
         return "keys are as recorded; there was no number to compare"

@@ -28,7 +28,7 @@ def check_data(record: Record, program: Compiled) -> None:
         "data.path" if has_path else "data",
         "the rows are not those of the record: their digest is another",
         got=getattr(program.spec.data, "path", program.spec.data.name),
-        fix="Point to the data that it was trained on: data.path=...",
+        fix="Point to the data that it was trained on: --set data.path=...",
     )
 
 

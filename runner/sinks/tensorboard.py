@@ -22,10 +22,13 @@ class TensorboardSink:
         self._every = every
 
     def start(self, run: RunStart) -> None:
-        """Opens an event file."""
+        """Opens an event file; of a resumed run's points, those it takes again go."""
         from tensorboardX import SummaryWriter
 
-        self._writer = SummaryWriter(str(run.directory / "tensorboard"))
+        # the evaluation at the step where it goes on stays, and is not made again
+        again = run.first_step + 1 if run.first_step else None
+        folder = str(run.directory / "tensorboard")
+        self._writer = SummaryWriter(folder, purge_step=again)
 
     def write(self, record: TrainRecord | EvalRecord) -> None:
         """Adds points as `train/loss`, `eval/accuracy`."""
