@@ -21,6 +21,7 @@ from runner.records.files import lock_directory, refuse_links
 from runner.records.record import Record, read_record
 from runner.records.secrets import Secrets
 from runner.records.unpack import unpack
+from runner.sinks.text import clean
 from runner.spec import ProbeSpec, RunSpec
 
 __all__ = ["main"]
@@ -87,9 +88,10 @@ def _lock(run: str) -> Record:
 
 def _let_be(record: Record) -> int:
     """A run that took all its steps is as it should be: a script may ask twice."""
-    steps = record.manifest["steps"]
-    fix = f"Say train.steps=N with N above {steps:,} to train it on"
-    print(f"{record.name}: the run is complete, it took {steps:,} steps. {fix}.")
+    steps, why = record.manifest["steps"], record.manifest["reason"]
+    more = f"Say train.steps=N with N above {steps:,} to train it on"
+    said = f"the run is complete, it took {steps:,} steps. {clean(why) or more}."
+    print(f"{record.name}: {said}")
     directory = record.files.directory
     print_last(record.name if directory is None else str(directory.resolve()))
     return 0
