@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax.training.train_state import TrainState
+from jax.lax import with_sharding_constraint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from runner.spec import RunSpec
 
@@ -33,6 +35,7 @@ __all__ = [
     "Timed",
     "leaf_bytes",
     "make_chunks",
+    "make_sharded",
     "make_steps",
     "make_tutorial",
 ]
@@ -176,6 +179,29 @@ def make_chunks(problem: Problem, *, work: str) -> Loop:
     return _timing(problem, run)
 
 
+def make_sharded(problem: Problem, mesh: Mesh) -> Loop:
+    """The same scan, data parallel over the first axis of a mesh; the same work."""
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    parts = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    step = _make_same(problem, place=lambda rows: with_sharding_constraint(rows, parts))
+    size = min(_SCAN, problem.steps)
+    assert problem.steps % size == 0, "the last scan would be compiled of its own"
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
+    def call(state: State, inputs: Inputs) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(inputs.rows, state.step, size)
+        return jax.lax.scan(lambda s, at: step(s, at, inputs), state, rows)
+
+    def run(state: State, inputs: Inputs) -> tuple[State, Any]:
+        metrics = []
+        for _ in range(problem.steps // size):
+            state, new = call(state, inputs)
+            metrics.append(new)
+        return state, metrics
+
+    return _timing(problem, run, layout=everywhere)
+
+
 def make_tutorial(problem: Problem) -> Loop:
     """As tutorials have it: a batch from NumPy and `float(loss)` in every step."""
     model = problem.make_model(problem.rate)
@@ -208,10 +234,13 @@ def make_tutorial(problem: Problem) -> Loop:
     return run
 
 
-def _timing(problem: Problem, run: Callable[[State, Inputs], Any]) -> Loop:
+def _timing(
+    problem: Problem, run: Callable[[State, Inputs], Any], *, layout: Any = None
+) -> Loop:
     x, y, rows = jax.device_put((problem.x, problem.y, problem.rows()))
     hypers = map(jnp.asarray, (problem.rate, problem.learning_rate))
     inputs = Inputs(rows, x, y, problem.key("dropout"), *hypers)
+    inputs = jax.device_put(inputs, layout)
 
     init = _make_init(problem)
 
@@ -219,6 +248,7 @@ def _timing(problem: Problem, run: Callable[[State, Inputs], Any]) -> Loop:
         params = init()
         opt_state = optax.adam(problem.learning_rate).init(params)
         state = State(jnp.int32(0), params, opt_state, jnp.int32(-1))
+        state = jax.device_put(state, layout)
         jax.block_until_ready((state, inputs))
         begun = time.perf_counter()
         state, metrics = run(state, inputs)
@@ -246,7 +276,9 @@ def _make_step(problem: Problem, work: str) -> Step:
     return {"same": _make_same, "less": _make_less}[work](problem)
 
 
-def _make_same(problem: Problem) -> Step:
+def _make_same(
+    problem: Problem, *, place: Callable[[Any], Any] = lambda rows: rows
+) -> Step:
     smoothing = jnp.asarray(0.0)
 
     def loss_fn(params: Any, x: Any, y: Any, key: Any, rate: Any) -> Any:
@@ -261,6 +293,7 @@ def _make_same(problem: Problem) -> Step:
 
     def step(state: State, rows: Any, inputs: Inputs) -> Any:
         x, y = jnp.take(inputs.x, rows, axis=0), jnp.take(inputs.y, rows, axis=0)
+        x, y = place((x, y))
         key = jax.random.fold_in(inputs.key, state.step)
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
             state.params, x, y, key, inputs.rate

@@ -9,7 +9,7 @@ returns, so that one compiled program serves every value.
 from .branches import Branches, Identity
 from .cnn import CNN
 from .control import Cond, Switch, WhileLoop
-from .declare import Compact, Declare
+from .declare import AddNoise, Compact, Declare
 from .dropout import Dropout
 from .flatten import Flatten
 from .keys import Keys, RandomInteger
@@ -22,6 +22,7 @@ from .variable import Variable
 __all__ = [
     "CNN",
     "MLP",
+    "AddNoise",
     "Branches",
     "Compact",
     "Cond",

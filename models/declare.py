@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key, Shaped
 
 from .flags import flags_for
 
-__all__ = ["Compact", "Declare"]
+__all__ = ["AddNoise", "Compact", "Declare"]
 
 
 @dataclass(frozen=True)
@@ -44,21 +46,37 @@ class Declare:
             )
 
 
-class Compact(nn.Module):
-    """Takes steps in order: calls a layer, or declares a variable of its own.
+@dataclass(frozen=True)
+class AddNoise:
+    """Gaussian noise from a key of the module that it stands in.
 
-    x = step(x) for a layer;  x, or x + variable, for a `Declare`
+    x + scale * normal(make_rng(stream), x.shape);  x where `deterministic` is true
+
+    Args:
+        scale: Standard deviation of the noise.
+        stream: Stream to draw from.
+    """
+
+    scale: float | Float[Array, ""] = 1.0
+    stream: str = "noise"
+
+
+class Compact(nn.Module):
+    """Takes steps in order: calls a layer, or does something of its own.
+
+    x = step(x) for a layer;  x, or x + variable, for a `Declare`;
+    x + noise for an `AddNoise`
 
     Paths, call counts and keys are those of a module whose compact body says the
     same. A layer that has no name is called `steps_<i>`: name it as that body would
     (`Dense_0`).
 
     Attributes:
-        steps: Modules, plain functions, and `Declare`s. A layer gets the training
-            flag if its signature names it.
+        steps: Modules, plain functions, `Declare`s and `AddNoise`s. A layer gets the
+            training flag if its signature names it.
     """
 
-    steps: Sequence[Callable[..., Any] | Declare]
+    steps: Sequence[Callable[..., Any] | Declare | AddNoise]
 
     preserve_adopted_names: ClassVar[bool] = True  # read by Flax
 
@@ -82,6 +100,13 @@ class Compact(nn.Module):
             if isinstance(step, Declare):
                 value = self._declare(step, x)
                 x = x + value if step.add else x
+            elif isinstance(step, AddNoise):
+                key = self.make_rng(step.stream)
+                noise = jax.random.normal(key, x.shape, x.dtype)
+                noise = jnp.asarray(step.scale, x.dtype) * noise
+                x = jnp.where(
+                    False if deterministic is None else deterministic, x, x + noise
+                )
             else:
                 x = step(x, **flags_for(step, deterministic=deterministic))
         return x

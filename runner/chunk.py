@@ -12,9 +12,12 @@ from runner.step import Batch, State
 __all__ = ["make_loop", "make_single", "take_rows"]
 
 Step = Callable[..., tuple[State, Any]]
+Place = Callable[[Batch], Batch]  # lays out the rows of a batch
 
 
-def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
+def make_loop(
+    step: Step, *, place: Place = lambda batch: batch
+) -> Callable[..., tuple[State, Any, Any]]:
     """Takes `window["steps"]` steps in a `while` loop of the compiled program.
 
     The count is an input, so that one program serves every length of a chunk, and
@@ -33,7 +36,7 @@ def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
 
         def one(i: Any, carry: Any) -> Any:
             state, rows = carry
-            batch = take_rows(data, window["rows"][i])
+            batch = place(take_rows(data, window["rows"][i]))
             state, new = one_step(state, batch, keys, hypers)
             return state, jax.tree.map(lambda all_, row: all_.at[i].set(row), rows, new)
 
@@ -47,14 +50,16 @@ def make_loop(step: Step) -> Callable[..., tuple[State, Any, Any]]:
     return call
 
 
-def make_single(step: Step) -> Callable[..., tuple[State, Any, Any]]:
+def make_single(
+    step: Step, *, place: Place = lambda batch: batch
+) -> Callable[..., tuple[State, Any, Any]]:
     """Takes one step, the next one of the window; what it returns is one row."""
 
     def call(
         state: State, window: Mapping[str, Any], data: Batch, keys: Any, hypers: Any
     ) -> tuple[State, Any, Any]:
         rows = window["rows"][state.step - window["first"]]
-        state, row = step(state, take_rows(data, rows), keys, hypers)
+        state, row = step(state, place(take_rows(data, rows)), keys, hypers)
         return state, row, state.failed
 
     return call

@@ -15,11 +15,18 @@ from runner.flags import trace_flags
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys
 from runner.lift.fields import check_collections, check_streams
+from runner.mesh import Layout, make_layout
 from runner.model import Model, split_variables, trace_model
 from runner.probe.declared import make_arrays
 from runner.probe.probe import Probe, trace_probe
-from runner.program import Program, build_run_optimizer, eval_rows, hyper_shapes
-from runner.spec import NoDataSpec, Phase, ProbeSpec, RunSpec, StreamKind
+from runner.program import (
+    Program,
+    build_run_optimizer,
+    eval_rows,
+    hyper_shapes,
+    rows_of_call,
+)
+from runner.spec import NoDataSpec, Phase, ProbeSpec, RunSpec, Strategy, StreamKind
 from runner.targets import NEEDS_VALUE, first_line
 from runner.tasks import make_task
 from runner.whole import trace_whole
@@ -33,9 +40,10 @@ def compile_run(spec: RunSpec) -> Program | Probe:
     Raises:
         ConfigError: the model, the data or the streams don't fit together.
     """
-    plan = plan_keys(spec.rng)
+    plan = plan_keys(spec.rng, axes=spec.mesh.axes)
     if isinstance(spec.task, ProbeSpec):
         return _compile_probe(spec, spec.task, plan)
+    layout = make_layout(spec)
     data, order = _load(spec, plan)
     model = Model.of(spec)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
@@ -43,7 +51,7 @@ def compile_run(spec: RunSpec) -> Program | Probe:
         keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
 
         def trace(hypers: Mapping[str, float]) -> dict[Phase, Trace]:
-            return _trace(spec, model, plan, data, keys, hyper_shapes(hypers))
+            return _trace(spec, model, plan, data, keys, hyper_shapes(hypers), layout)
 
         check_streams(spec.model, path="model", streams=keys)
         candidates = find_hypers(spec)
@@ -65,19 +73,30 @@ def compile_run(spec: RunSpec) -> Program | Probe:
             traces=traces,
             seeds=seeds,
             keys=keys,
+            layout=layout,
         )
-        return replace(program, traces=trace_whole(program))
+        program = replace(program, traces=trace_whole(program))
+        _ = program.shardings  # refuses rules that nothing answers to
+        if spec.mesh.strategy is Strategy.EXACT:
+            _refuse_changing(program)
+        return program
 
 
 def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
-    model, arrays = Model.of(spec), make_arrays(task, plan)
+    model, arrays, layout = Model.of(spec), make_arrays(task, plan), make_layout(spec)
+    _check_rows(task, arrays, layout)
     constants = find_hypers(spec)
     if task.loss is None:  # nothing is updated
         constants = {k: v for k, v in constants.items() if k.startswith("model.")}
 
     def trace(_: Mapping[str, float]) -> dict[Phase, Trace]:
         traces = trace_probe(
-            task, plan=plan, model=model, arrays=arrays, constants=constants
+            task,
+            plan=plan,
+            model=model,
+            arrays=arrays,
+            constants=constants,
+            layout=layout,
         )
         if task.loss is not None:
             _check_optimizer(spec, traces, constants)
@@ -93,7 +112,19 @@ def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
         outputs, _ = traces[Phase.EVAL].outputs
         make_task(task).check(outputs, arrays[-1], None)
         _check_collections(traces)
-    return Probe(spec, task, plan, model, arrays, constants, traces)
+    return Probe(spec, task, plan, model, arrays, constants, traces, layout)
+
+
+def _check_rows(task: ProbeSpec, arrays: tuple[Any, ...], layout: Layout) -> None:
+    """Each array of a probe is a batch, whose rows are cut up over the mesh."""
+    for path, array in zip(task.arrays, arrays, strict=True):
+        if layout.row_axes and (not array.ndim or len(array) % layout.row_shards):
+            raise ConfigError(
+                path,
+                f"its rows must divide into {layout.row_shards} parts over the mesh",
+                got=f"shape {list(array.shape)}",
+                fix="Declare more rows, or set mesh=none",
+            )
 
 
 def _load(spec: RunSpec, plan: KeyPlan) -> tuple[Dataset, BatchOrder]:
@@ -113,17 +144,24 @@ def _load(spec: RunSpec, plan: KeyPlan) -> tuple[Dataset, BatchOrder]:
 
 
 def _trace(
-    spec: RunSpec, model: Model, plan: KeyPlan, data: Dataset, keys: Any, hypers: Any
+    spec: RunSpec,
+    model: Model,
+    plan: KeyPlan,
+    data: Dataset,
+    keys: Any,
+    hypers: Any,
+    layout: Layout,
 ) -> dict[Phase, Trace]:
-    rows = spec.data.batch_size // spec.train.accumulation_steps
+    rows = rows_of_call(spec, layout)
     x = jax.ShapeDtypeStruct((rows, *data.x_train.shape[1:]), data.x_train.dtype)
     traces = trace_model(
         model,
         plan=plan,
         x=x,
-        eval_rows=eval_rows(spec, data),
+        eval_rows=eval_rows(spec, data, layout) // layout.own_shards,
         keys=keys,
         hypers=hypers,
+        spread=layout.on_shards,
     )
     _check_optimizer(spec, traces, hypers)
     return traces
@@ -147,6 +185,40 @@ def _check_optimizer(spec: RunSpec, traces: Mapping[Phase, Trace], hypers: Any) 
             f"its update raised {first_line(error)}",
             allowed="It is given gradients, its state, the parameters and the loss",
         ) from error
+
+
+def _refuse_changing(program: Program) -> None:
+    """Refuses collections that microbatches hand on, which devices do not.
+
+    Raises:
+        ConfigError: the model changes one in training.
+    """
+
+    def after(collections: Any, params: Any, x: Any, rngs: Any, hypers: Any) -> Any:
+        variables = {"params": params, **collections}
+        return program.model.apply(variables, x, rngs, hypers, train=True)[1]
+
+    state, names = program.initial, program.traces[Phase.TRAIN].streams
+    rngs = {name: program.keys[name] for name in names}
+    hypers = hyper_shapes(program.hypers)
+    args = (state.collections, state.params, program.microbatch, rngs, hypers)
+    jaxpr = jax.make_jaxpr(after)(*args).jaxpr
+    paths, _ = jax.tree_util.tree_flatten_with_path(state.collections)
+    changed = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, _), before, now in zip(
+            paths, jaxpr.invars[: len(paths)], jaxpr.outvars, strict=True
+        )
+        if before is not now
+    ]
+    if changed:
+        raise ConfigError(
+            "mesh.strategy",
+            "exact spreads microbatches over devices, and this model hands "
+            f"{changed[0]} on from one to the next",
+            got=str(Strategy.EXACT),
+            fix=f"Set mesh.strategy={Strategy.JIT}",
+        )
 
 
 def _check_collections(traces: Mapping[Phase, Trace]) -> None:

@@ -23,7 +23,7 @@ from runner.machine import (
     size_thread_pool,
     spell_isa,
 )
-from runner.spec import Determinism, RunSpec
+from runner.spec import Determinism, RunSpec, Strategy
 
 __all__ = ["DETERMINISTIC_OPS", "restore_platform", "settle_backend"]
 
@@ -81,12 +81,17 @@ def restore_platform(platform: object) -> dict[str, str]:
 
 
 def settle_backend(spec: RunSpec) -> None:
-    """Adds what `determinism: strict` needs to XLA_FLAGS; nothing for `default`.
+    """Makes the devices of `mesh.host_devices`, fixes the thread pool of a mesh that is
+    `exact`, and adds what `determinism: strict` needs to XLA_FLAGS.
 
     Raises:
         ConfigError: the environment asks for the opposite, or JAX has a backend that
             can't be changed any more.
     """
+    if spec.mesh.host_devices is not None:
+        _force_devices(spec.mesh.host_devices)
+    if spec.mesh.strategy is Strategy.EXACT:
+        _fix_pool(spec.train.accumulation_steps)
     if spec.determinism is not Determinism.STRICT:
         return
     flags = parse_flags(read_flags_text())
@@ -111,6 +116,35 @@ def settle_backend(spec: RunSpec) -> None:
             fix=f"Start again with XLA_FLAGS=--{DETERMINISTIC_OPS}=true",
         )
     _add_flag(DETERMINISTIC_OPS, "true")
+
+
+def _force_devices(number: int) -> None:
+    """Takes the CPU for a number of devices."""
+    if _has_backend():
+        if _backend() == "cpu" and sys.modules["jax"].device_count() == number:
+            return
+        raise ConfigError(
+            "mesh.host_devices",
+            "JAX has started with other devices",
+            got=number,
+            fix=f"Start again with JAX_NUM_CPU_DEVICES={number}",
+        )
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(number)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    if "jax" in sys.modules:  # it read them when it was imported
+        config = sys.modules["jax"].config
+        config.update("jax_num_cpu_devices", number)
+        config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+
+
+def _fix_pool(shards: int) -> None:
+    """A pool of one size for any number of devices up to that of the microbatches.
+
+    Forced devices raise it to their number; a user's own NPROC stands.
+    """
+    if "NPROC" not in os.environ and not _has_backend():
+        pool = size_thread_pool(devices=forced_devices())
+        os.environ["NPROC"] = str(min(MOST_THREADS, max(pool, shards)))
 
 
 def _is_count(value: object) -> bool:

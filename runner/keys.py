@@ -3,7 +3,7 @@
 
     base = fold_in(key(seed), id(stream))        derive: name (see `plan_keys`)
     base = fold_in(base, id(phase))              in the phases eval and sample
-    key  = fold_in(fold_in(base, step), ...)     the coordinates of `per`, in order
+    key  = fold_in(fold_in(base, step), ...)     what stands in `per`, in its order
 
 A key is planned as a tuple of `Op`s, a value that can be printed, compared and
 replayed; `derive_key` is their only interpreter. This is the only file of the
@@ -13,7 +13,7 @@ runner that calls `jax.random.key`, `split` or `fold_in`.
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import flax
@@ -61,24 +61,33 @@ class Stream:
         spec: Its policy.
         seed: The seed it starts from.
         base: Ops of its base key; empty for a host stream.
+        axes: Size of each axis of the mesh.
     """
 
     name: str
     spec: StreamSpec
     seed: int
     base: tuple[Op, ...]
+    axes: Mapping[str, int] = field(default_factory=dict)
 
-    def ops(self, phase: Phase, coordinates: frozenset[Coordinate]) -> tuple[Op, ...]:
-        """The ops of its key in a phase that has the given coordinates."""
+    def ops(self, phase: Phase, coordinates: frozenset[str]) -> tuple[Op, ...]:
+        """The ops of its key in a phase that has these coordinates and mesh axes."""
         ops = list(self.base)
         if phase in _FOLDED_PHASES:
             ops.append(Op("fold_in", name_id(phase), why=f"phase {phase}"))
-        for coordinate, rule in self.spec.per.items():
-            if coordinate in coordinates:
-                op: Literal["carry", "fold_in"]
-                op = "carry" if rule is Rule.CARRY else "fold_in"
-                ops.append(Op(op, coordinate, why=str(coordinate)))
+        for name, rule in self.spec.per.items():
+            if name in coordinates:
+                ops.append(self._op(name, rule))
         return tuple(ops)
+
+    def _op(self, name: str, rule: Rule) -> Op:
+        if rule is Rule.SPLIT:
+            return Op("split", index=name, of=self.axes[name], why=name)
+        if isinstance(name, Coordinate):
+            op: Literal["carry", "fold_in"]
+            op = "carry" if rule is Rule.CARRY else "fold_in"
+            return Op(op, name, why=str(name))
+        return Op("fold_in", Affine(0, ((name, 1),)), why=name)
 
 
 @dataclass(frozen=True)
@@ -126,12 +135,16 @@ def name_id(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
 
 
-def plan_keys(rng: RngSpec) -> KeyPlan:
+def plan_keys(rng: RngSpec, *, axes: Mapping[str, int] | None = None) -> KeyPlan:
     """Resolves each stream's base key; seeds are taken modulo 2^32, as JAX does.
 
     derive: name    fold_in(key(seed), id(name))
     derive: split   split(key(seed), n)[i], over the n streams that say so
     derive: root    key(seed)
+
+    Args:
+        rng: The declared streams.
+        axes: Size of each axis of the mesh.
     """
     splits = [n for n, s in rng.streams.items() if s.derivation is Derive.SPLIT]
     streams = {}
@@ -145,7 +158,7 @@ def plan_keys(rng: RngSpec) -> KeyPlan:
         elif spec.derivation is Derive.SPLIT:
             at, n = splits.index(name), len(splits)
             base += (Op("split", index=at, of=n, why=f"stream {name}"),)
-        streams[name] = Stream(name, spec, seed, base)
+        streams[name] = Stream(name, spec, seed, base, dict(axes or {}))
     return KeyPlan(str(rng.impl), streams)
 
 
@@ -238,7 +251,7 @@ def make_rngs(
     *,
     phase: Phase,
     names: Iterable[str],
-    coordinates: frozenset[Coordinate],
+    coordinates: frozenset[str],
     steps_per_epoch: int,
 ) -> Callable[..., tuple[dict[str, Key[Array, ""]], dict[str, Key[Array, ""]]]]:
     """Makes the function that derives the `rngs` of one call of the model.
@@ -247,7 +260,8 @@ def make_rngs(
         plan: Resolved streams of this run.
         phase: Phase of the call.
         names: Streams that it is given.
-        coordinates: Those that the phase has; others are not folded in.
+        coordinates: Those that the phase has, axes of the mesh too; others are not
+            folded in.
         steps_per_epoch: Number of steps in an epoch.
 
     Returns:
@@ -255,6 +269,7 @@ def make_rngs(
         keys of the step after. Without carried keys they are computed from `step`.
     """
     streams = {name: plan.stream(name) for name in names}
+    axes = coordinates - frozenset(Coordinate)
 
     def rngs(
         keys: Mapping[str, Any], carried: Mapping[str, Any], step: Any, microbatch: Any
@@ -263,6 +278,7 @@ def make_rngs(
             Coordinate.STEP: step,
             Coordinate.EPOCH: step // steps_per_epoch,
             Coordinate.MICROBATCH: microbatch,
+            **{axis: jax.lax.axis_index(axis) for axis in sorted(axes)},
         }
         out, carried_on = {}, dict(carried)
         for name, stream in streams.items():

@@ -119,8 +119,10 @@ def _draw_row(program: Compiled, phase: Phase, draws: list[Draw]) -> dict[str, A
     if draw.untraced or draw.stream is None:
         return {**row, "untraced": draw.untraced or "from no declared stream"}
     stream = program.plan.streams[draw.stream]
-    ops = (*stream.ops(phase, program.coordinates[phase]), *draw.ops)
-    return {**row, "derivation": [_op_row(op) for op in ops]}
+    first = stream.ops(phase, program.coordinates[phase])
+    row["axes"] = {axis: stream.axes[axis] for op in first for axis in op.axes}
+    row["axes"] |= dict(draw.axes)
+    return {**row, "derivation": [_op_row(op) for op in (*first, *draw.ops)]}
 
 
 def _is_conditional(draw: Draw) -> bool:

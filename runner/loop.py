@@ -93,8 +93,9 @@ class _Loop:
         self.program, self.start, self.stop = program, start, stop
         self.watch = watch if program.spec.rng.observe else None
         self.spec = program.spec
-        self.train_data = _on_device(program.data.x_train, program.data.y_train)
-        self.test_data = _on_device(program.data.x_test, program.data.y_test)
+        data, place = program.data, program.layout.place
+        self.train_data = place(Batch(data.x_train, data.y_train))
+        self.test_data = place(Batch(data.x_test, data.y_test))
         self.pending: deque[_Call] = deque()
         per_call = program.spec.train.steps_per_call
         self.pace = Pace(most=program.window, fixed=per_call != "auto")
@@ -151,7 +152,7 @@ class _Loop:
         self.batches.take(numbers)
         padded = np.zeros((self.program.window, numbers.shape[1]), np.int32)
         padded[:count] = numbers
-        window = jax.device_put(
+        window = self.program.layout.place(
             {"first": np.int32(step), "rows": padded, "steps": np.int32(count)}
         )
         planned = self._expect(Phase.TRAIN, step, steps=count)
@@ -263,7 +264,3 @@ class _Call:
     planned: Any
     result: Any
     take: Callable[[Any, Any], Record]
-
-
-def _on_device(x: np.ndarray, y: np.ndarray) -> Batch:
-    return Batch(jax.device_put(x), jax.device_put(y))

@@ -2,7 +2,7 @@
 """How the declared model is called, and what it draws when it is."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -56,6 +56,12 @@ class Model:
         self, rngs: Mapping[str, Key[Array, ""]], x: Inputs, hypers: Mapping[str, Any]
     ) -> PyTree:
         """Every variable collection, by a call that is not for training."""
+        return nn.meta.unbox(self.init_named(rngs, x, hypers))
+
+    def init_named(
+        self, rngs: Mapping[str, Key[Array, ""]], x: Inputs, hypers: Mapping[str, Any]
+    ) -> PyTree:
+        """The same, in boxes that name the axes where the model names any."""
         module = self.build(hypers)
         return flax.core.unfreeze(
             module.init(dict(rngs), *_as_args(x), **_flags(module, train=False))
@@ -101,6 +107,7 @@ def trace_model(
     eval_rows: int,
     keys: Any,
     hypers: Any,
+    spread: Callable[[Any], Any] = lambda function: function,
 ) -> dict[Phase, Trace]:
     """Traces the model in every phase; runs nothing.
 
@@ -112,6 +119,7 @@ def trace_model(
         eval_rows: Rows in one batch of an evaluation.
         keys: Shapes of the streams' keys.
         hypers: Shapes of the hypers.
+        spread: Has each device run a function by itself.
 
     Raises:
         ConfigError: its own code raised, or a stream's phases leave one out.
@@ -123,7 +131,9 @@ def trace_model(
         return model.init(rngs, x, hypers)
 
     def call(train: bool) -> Any:
-        return lambda rngs, x, v, hypers: model.apply(v, x, rngs, hypers, train=train)
+        return spread(
+            lambda rngs, x, v, hypers: model.apply(v, x, rngs, hypers, train=train)
+        )
 
     first = trace(Phase.INIT, init, x, hypers)
     test_x = jax.ShapeDtypeStruct((eval_rows, *x.shape[1:]), x.dtype)

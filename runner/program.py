@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import linen as nn
+from jax.sharding import PartitionSpec
 
 from runner.audit.trace import Trace
 from runner.build import build_optimizer
 from runner.chunk import make_loop, make_single, take_rows
 from runner.data import BatchOrder, Dataset
+from runner.exact import make_exact_gradients, run_on_each
 from runner.fingerprint import fingerprint
 from runner.flags import trace_flags
 from runner.hypers import insert_hypers
@@ -31,9 +34,10 @@ from runner.keys import (
     make_rngs,
     rng_flags,
 )
+from runner.mesh import BATCH, ONE_DEVICE, Layout, check_rules
 from runner.model import Model, split_variables
 from runner.observe.observe import Observation, observe
-from runner.spec import Coordinate, Phase, RunSpec
+from runner.spec import Coordinate, Phase, RunSpec, Strategy
 from runner.step import Batch, Parts, State, make_eval_step, make_step
 from runner.tasks import make_task
 
@@ -47,6 +51,8 @@ __all__ = [
     "make_parts",
     "make_setup",
     "make_start",
+    "rows_of_call",
+    "spread_step",
 ]
 
 _AUTO_WINDOW = 512  # steps whose metrics and row numbers one call can hold
@@ -107,8 +113,8 @@ class Compiled(Protocol):
         """What is drawn in each phase."""
 
     @property
-    def coordinates(self) -> Mapping[Phase, frozenset[Coordinate]]:
-        """The coordinates that each phase has."""
+    def coordinates(self) -> Mapping[Phase, frozenset[str]]:
+        """The coordinates, and axes of the mesh, that each phase has."""
 
     @property
     def sizes(self) -> Sizes:
@@ -183,6 +189,7 @@ class Program:
         traces: What the model draws in each phase.
         seeds: Shapes and dtypes of the streams' seeds.
         keys: Shapes and dtypes of the streams' base keys.
+        layout: How arrays lie on the devices.
     """
 
     spec: RunSpec
@@ -195,6 +202,7 @@ class Program:
     traces: Mapping[Phase, Trace]
     seeds: Mapping[str, Any]
     keys: Mapping[str, Any]
+    layout: Layout = ONE_DEVICE
 
     @property
     def construct(self) -> Construct:
@@ -242,7 +250,7 @@ class Program:
     @property
     def microbatch(self) -> jax.ShapeDtypeStruct:
         """Shape and dtype of the inputs of one call of the model."""
-        rows = self.spec.data.batch_size // self.spec.train.accumulation_steps
+        rows = rows_of_call(self.spec, self.layout)
         x = self.data.x_train
         return jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype)
 
@@ -256,7 +264,7 @@ class Program:
     @property
     def eval_rows(self) -> int:
         """Rows in one batch of an evaluation."""
-        return eval_rows(self.spec, self.data)
+        return eval_rows(self.spec, self.data, self.layout)
 
     @property
     def eval_batches(self) -> int:
@@ -275,9 +283,10 @@ class Program:
         return sum(leaf.size for leaf in jax.tree.leaves(self.initial.params))
 
     @property
-    def coordinates(self) -> dict[Phase, frozenset[Coordinate]]:
-        """The coordinates that each phase has."""
-        in_train = {Coordinate.STEP, Coordinate.EPOCH}
+    def coordinates(self) -> dict[Phase, frozenset[str]]:
+        """The coordinates, and axes of the mesh, that each phase has."""
+        in_train: set[str] = {Coordinate.STEP, Coordinate.EPOCH}
+        in_train |= set(self.layout.own_axes)
         in_eval = set(in_train)
         if self.spec.train.accumulation_steps > 1:
             in_train.add(Coordinate.MICROBATCH)
@@ -311,8 +320,16 @@ class Program:
         with rng_flags(self.spec.rng):
             advance = jax.jit(advance_carry)
             carried = {n: advance(k, np.int32(step)) for n, k in first.carried.items()}
-        on_device = jax.device_put(dict(kept))
-        return first._replace(step=jnp.int32(step), carried=carried, **on_device)
+        shardings = self.shardings
+        laid = {n: None if shardings is None else getattr(shardings, n) for n in kept}
+        on_device = {n: jax.device_put(tree, laid[n]) for n, tree in kept.items()}
+        at = self.layout.place(jnp.int32(step))
+        return first._replace(step=at, carried=carried, **on_device)
+
+    @cached_property
+    def shardings(self) -> Any:
+        """How each array of the state lies on the mesh; None without one."""
+        return lay_out(self)
 
     @cached_property
     def calls(self) -> Calls:
@@ -322,14 +339,37 @@ class Program:
                 self._lower_setup(),
                 self._lower_train(),
                 self._lower_eval(),
-                jax.jit(fingerprint).lower(self.initial),
+                self._jit(fingerprint, takes=(self.shardings,)).lower(self.initial),
             ]
         with ThreadPoolExecutor() as pool:
             return Calls(*pool.map(lambda each: each.compile(), lowered))
 
     def _lower_setup(self) -> Any:
         setup = self._observed(make_setup(self))
-        return jax.jit(setup).lower(self.seeds, hyper_shapes(self.hypers))
+        gives = ((self.shardings, self.layout.replicated), self.layout.replicated)
+        jitted = self._jit(setup, takes=None, gives=gives)
+        return jitted.lower(self.seeds, hyper_shapes(self.hypers))
+
+    def _jit(
+        self,
+        function: Callable[..., Any],
+        *,
+        takes: Any,
+        gives: Any = None,
+        **more: Any,
+    ) -> Any:
+        """A program; on a mesh, with the layouts of what it takes and gives."""
+        if self.layout.mesh is None:
+            return jax.jit(function, **more)
+        if self.spec.mesh.strategy is Strategy.EXACT:
+            function = run_on_each(function, self.layout.mesh)
+        everywhere = self.layout.replicated
+        return jax.jit(
+            function,
+            in_shardings=everywhere if takes is None else takes,
+            out_shardings=everywhere if gives is None else gives,
+            **more,
+        )
 
     def _observed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """`function`, with its keys beside its outputs, or None in their place."""
@@ -343,7 +383,13 @@ class Program:
         return unobserved
 
     def _lower_train(self) -> Any:
-        observed = self._observed(make_step(make_parts(self, Phase.TRAIN)))
+        parts = make_parts(self, Phase.TRAIN)
+        gradients: Callable[..., Any] | None = None
+        place: Callable[[Batch], Batch] = self.layout.constrain_rows
+        if self.spec.mesh.strategy is Strategy.EXACT:
+            gradients, place = self._exact_gradients(parts), _as_it_is
+        spread = spread_step(make_step(parts, gradients=gradients), self.layout)
+        observed = self._observed(spread)
 
         def step(*args: Any) -> tuple[State, Any]:
             (state, metrics), keys = observed(*args)
@@ -355,12 +401,26 @@ class Program:
         rows = jax.ShapeDtypeStruct(shape, jnp.int32)
         window = {"first": scalar, "rows": rows, "steps": scalar}
         data = Batch(_shape(self.data.x_train), _shape(self.data.y_train))
-        jitted = jax.jit(make(step), donate_argnums=0)
+        everywhere = self.layout.replicated
+        jitted = self._jit(
+            make(step, place=place),
+            takes=(self.shardings, *[everywhere] * 4),
+            gives=(self.shardings, everywhere, everywhere),
+            donate_argnums=0,
+        )
         args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
         return jitted.lower(*args)
 
+    def _exact_gradients(self, parts: Parts) -> Callable[..., Any]:
+        axis = self.spec.mesh.rules[BATCH]
+        assert axis is not None  # `runner.spec` refuses it
+        return make_exact_gradients(parts, axis=axis, devices=self.layout.row_shards)
+
     def _lower_eval(self) -> Any:
-        step = self._observed(make_eval_step(make_parts(self, Phase.EVAL)))
+        rows, same = self.layout.row_spec, PartitionSpec()
+        alone = make_eval_step(make_parts(self, Phase.EVAL))
+        takes = (same, rows, rows, same, same, same)
+        step = self._observed(self.layout.on_shards(alone, takes=takes))
 
         def call(
             sums: Any, state: Any, at: Any, data: Batch, keys: Any, hypers: Any
@@ -378,7 +438,9 @@ class Program:
         sums = dict.fromkeys(self.spec.task.metrics, sum_)
         data = Batch(_shape(self.data.x_test), _shape(self.data.y_test))
         args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
-        return jax.jit(call).lower(*args)
+        everywhere = self.layout.replicated
+        takes = (everywhere, self.shardings, *[everywhere] * 4)
+        return self._jit(call, takes=takes).lower(*args)
 
 
 def make_setup(program: Program) -> Callable[..., tuple[State, dict[str, Any]]]:
@@ -413,9 +475,73 @@ def make_start(
     return start
 
 
-def eval_rows(spec: RunSpec, data: Dataset) -> int:
-    """Rows in one batch of an evaluation."""
-    return min(spec.eval.batch_size or _AUTO_EVAL_ROWS, len(data.x_test))
+def lay_out(program: Program) -> Any:
+    """How each array of the state lies on the mesh; None without one.
+
+    An array of the optimizer's lies as the parameter that it is kept for.
+    """
+    layout = program.layout
+    if layout.mesh is None:
+        return None
+    x = program.microbatch
+    with trace_flags(program.spec):
+        named = jax.eval_shape(
+            lambda base, hypers: program.model.init_named(
+                base, jnp.zeros(x.shape, x.dtype), hypers
+            ),
+            program.keys,
+            hyper_shapes(program.hypers),
+        )
+    specs = nn.get_partition_spec(named)
+    check_rules(layout, jax.tree.leaves(specs, is_leaf=_is_spec))
+    params, collections = split_variables(
+        jax.tree.map(
+            lambda names: layout.of(layout.spec_of(names)), specs, is_leaf=_is_spec
+        )
+    )
+    optimizer = build_run_optimizer(program.spec, program.hypers)
+    opt_state = optax.tree_map_params(
+        optimizer.init,
+        lambda _, sharding: sharding,
+        program.initial.opt_state,
+        params,
+        transform_non_params=lambda _: layout.replicated,
+    )
+    everywhere: Any = layout.replicated
+    return State(
+        step=everywhere,
+        params=params,
+        collections=collections,
+        opt_state=opt_state,
+        carried=dict.fromkeys(program.initial.carried, everywhere),
+        failed=everywhere,
+    )
+
+
+def _as_it_is(batch: Batch) -> Batch:
+    return batch
+
+
+def _is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
+
+
+def rows_of_call(spec: RunSpec, layout: Layout) -> int:
+    """Rows in one call of the model in training."""
+    rows = spec.data.batch_size // spec.train.accumulation_steps
+    return rows // layout.own_shards
+
+
+def eval_rows(spec: RunSpec, data: Dataset, layout: Layout) -> int:
+    """Rows in one batch of an evaluation, so many that they divide over devices."""
+    rows = min(spec.eval.batch_size or _AUTO_EVAL_ROWS, len(data.x_test))
+    return -(-rows // layout.own_shards) * layout.own_shards
+
+
+def spread_step(step: Callable[..., Any], layout: Layout) -> Callable[..., Any]:
+    """A train step whose batch is cut up over the devices of `shard_map`."""
+    same = PartitionSpec()
+    return layout.on_shards(step, takes=(same, layout.row_spec, same, same))
 
 
 def make_parts(program: Program, phase: Phase) -> Parts:
@@ -435,6 +561,8 @@ def make_parts(program: Program, phase: Phase) -> Parts:
         microbatches=spec.train.accumulation_steps,
         unroll=program.construct is Construct.STEP,
         max_norm=spec.train.max_norm is not None,
+        mean=program.layout.mean,
+        total=program.layout.total,
     )
 
 

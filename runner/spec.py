@@ -39,6 +39,7 @@ __all__ = [
     "DigitsSpec",
     "EvalSpec",
     "Impl",
+    "MeshSpec",
     "MnistSpec",
     "NoDataSpec",
     "Phase",
@@ -48,6 +49,7 @@ __all__ = [
     "Rule",
     "RunSpec",
     "SinksSpec",
+    "Strategy",
     "StreamKind",
     "StreamSpec",
     "TaskSpec",
@@ -98,6 +100,16 @@ class Rule(StrEnum):
 
     FOLD_IN = "fold_in"
     CARRY = "carry"
+    SPLIT = "split"
+
+
+class Strategy(StrEnum):
+    """How a program is spread over a mesh."""
+
+    NONE = "none"
+    JIT = "jit"
+    SHARD_MAP = "shard_map"
+    EXACT = "exact"
 
 
 class StreamKind(StrEnum):
@@ -115,20 +127,27 @@ class Coordinate(StrEnum):
     MICROBATCH = "microbatch"
 
 
+_COORDINATES: Mapping[str, Coordinate] = {str(c): c for c in Coordinate}
+
+
 @dataclass(frozen=True)
 class StreamSpec:
     """One entry of `rng.streams`.
 
-    `per` lists coordinates in the order in which they enter the key; what is not
-    listed is shared. `derive` is `root` by default for a stream with a `seed` of
-    its own, else `name`.
+    `per` lists coordinates and axes of the mesh in the order in which they enter the
+    key; what is not listed is shared. `derive` is `root` by default for a stream with
+    a `seed` of its own, else `name`.
     """
 
     phases: tuple[Phase, ...] = (Phase.TRAIN,)
-    per: Mapping[Coordinate, Rule] = field(default_factory=Frozen)
+    per: Mapping[str, Rule] = field(default_factory=Frozen)
     kind: StreamKind = StreamKind.JAX
     seed: Seed | None = None
     derive: Derive | None = None
+
+    def __post_init__(self) -> None:
+        named = {_COORDINATES.get(name, name): r for name, r in self.per.items()}
+        object.__setattr__(self, "per", Frozen(named))
 
     @property
     def derivation(self) -> Derive:
@@ -343,6 +362,21 @@ class SinksSpec:
 
 
 @dataclass(frozen=True)
+class MeshSpec:
+    """`mesh`: the devices under named axes, and what is cut along which.
+
+    `rules` map logical axes of arrays (`batch` of the rows, and those that a model
+    names by `flax.linen.with_logical_partitioning`) to axes of the mesh. With
+    `host_devices`, the CPU is taken for so many devices.
+    """
+
+    axes: Mapping[str, Count] = field(default_factory=Frozen)
+    strategy: Strategy = Strategy.NONE
+    rules: Mapping[str, str | None] = field(default_factory=Frozen)
+    host_devices: Count | None = None
+
+
+@dataclass(frozen=True)
 class CheckpointSpec:
     """`checkpoint`: what a run survives by.
 
@@ -374,6 +408,7 @@ class RunSpec:
     task: TaskSpec = ClassificationSpec()
     train: TrainSpec = TrainSpec()
     eval: EvalSpec = EvalSpec()
+    mesh: MeshSpec = MeshSpec()
     sinks: SinksSpec = SinksSpec()
     checkpoint: CheckpointSpec = CheckpointSpec()
 
@@ -398,6 +433,7 @@ def parse_spec(config: Mapping[str, Any]) -> RunSpec:
     for check in (_check_nodes, _check_rates, _check_task, _check_probe):
         check(spec)
     _check_batches(spec)
+    _check_mesh(spec)
     return spec
 
 
@@ -437,6 +473,7 @@ def _check_streams(spec: RunSpec) -> None:
                 got=name,
                 fix="Name the stream after what it is used for",
             )
+        _check_names(spec, f"{path}.per", stream)
         if stream.kind is StreamKind.HOST:
             _check_host_stream(path, stream)
         rules = list(stream.per.values())
@@ -457,6 +494,28 @@ def _check_streams(spec: RunSpec) -> None:
                 "a stream with a seed of its own has no siblings to split with",
                 got="split",
                 fix=f"Remove {path}.seed, or say derive: name",
+            )
+
+
+def _check_names(spec: RunSpec, path: str, stream: StreamSpec) -> None:
+    """What a key may differ by: a coordinate, or an axis of the mesh."""
+    axes, known = spec.mesh.axes, (*_COORDINATES, *spec.mesh.axes)
+    for name, rule in stream.per.items():
+        if name not in known:
+            raise ConfigError(
+                path,
+                "not a choice",
+                got=name,
+                allowed=f"Choices: {', '.join(known)}",
+                fix=did_you_mean(name, known)
+                or ("" if axes else "Axes are those of a mesh: set mesh=data8"),
+            )
+        if rule is Rule.SPLIT and name not in axes:
+            raise ConfigError(
+                path,
+                "only an axis of the mesh can be split over",
+                got=_plain(stream.per),
+                allowed=f"Axes: {', '.join(axes) or 'none'}",
             )
 
 
@@ -651,5 +710,77 @@ def _leaves(path: str, value: Any) -> list[tuple[str, Any]]:
     return [leaf for where, child in parts for leaf in _leaves(where, child)]
 
 
-def _plain(per: Mapping[Coordinate, Rule]) -> dict[str, str]:
-    return {str(c): str(r) for c, r in per.items()}
+def _plain(values: Mapping[Any, Any]) -> dict[str, str]:
+    return {str(key): str(value) for key, value in values.items()}
+
+
+# Coordinates, and what the ledger calls the axes of loops.
+_NO_AXES = (*_COORDINATES, "process", "condition", "scan", "vmap", "while")
+
+
+def _check_mesh(spec: RunSpec) -> None:
+    mesh = spec.mesh
+    if mesh.strategy is Strategy.NONE:
+        for name in ("axes", "rules"):
+            if getattr(mesh, name):
+                raise ConfigError(
+                    f"mesh.{name}",
+                    "needs a strategy",
+                    got={**getattr(mesh, name)},
+                    fix=f"Set mesh.strategy=jit, or mesh.{name}={{}}",
+                )
+        return
+    called = (Strategy.JIT, Strategy.SHARD_MAP)
+    if isinstance(spec.task, ProbeSpec) and mesh.strategy not in called:
+        rule, got = "not for a probe", str(mesh.strategy)
+        allowed = f"A probe takes {', '.join(called)}"
+        raise ConfigError("mesh.strategy", rule, got=got, allowed=allowed)
+    if not mesh.axes:
+        fix = "Set +mesh.axes.data=8"
+        raise ConfigError("mesh.axes", "must name at least one axis", got={}, fix=fix)
+    for name in mesh.axes:
+        if name in _NO_AXES:
+            rule = "already has a meaning, and can't name an axis"
+            raise ConfigError(f"mesh.axes.{name}", rule, got=name, fix="Rename it")
+    for logical, axis in mesh.rules.items():
+        if axis is not None and axis not in mesh.axes:
+            raise ConfigError(
+                f"mesh.rules.{logical}",
+                "not an axis of the mesh",
+                got=axis,
+                allowed=f"Axes: {', '.join(mesh.axes)}",
+                fix=did_you_mean(axis, mesh.axes),
+            )
+        is_whole = mesh.strategy is Strategy.SHARD_MAP
+        if logical != "batch" and (is_whole or isinstance(spec.task, ProbeSpec)):
+            what = "shard_map" if is_whole else "a probe"
+            raise ConfigError(
+                f"mesh.rules.{logical}",
+                f"not for {what}: each device has whole parameters",
+                got=axis,
+                allowed="Rules: batch",
+                fix=f"Remove it: '~mesh.rules.{logical}'",
+            )
+    if mesh.strategy is Strategy.EXACT:
+        _check_exact(spec)
+
+
+def _check_exact(spec: RunSpec) -> None:
+    """Bits that do not depend on the number of devices: what that takes."""
+    mesh = spec.mesh
+    for logical, axis in mesh.rules.items():
+        if logical != "batch" and axis is not None:
+            raise ConfigError(
+                f"mesh.rules.{logical}",
+                "strategy exact cuts the batch alone",
+                got=axis,
+                fix=f"Remove it, or set mesh.strategy={Strategy.JIT}",
+            )
+    if mesh.rules.get("batch") is None:
+        fix = f"Set mesh.rules.batch={next(iter(mesh.axes))}"
+        rule = "strategy exact must know which axis the microbatches are spread over"
+        raise ConfigError("mesh.rules.batch", rule, got=None, fix=fix)
+    if spec.rng.observe:
+        rule = "the keys of a program that is exact over meshes can't be observed"
+        fix = f"Set mesh.strategy={Strategy.JIT}, or rng.observe=false"
+        raise ConfigError("rng.observe", rule, got=True, fix=fix)

@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int, Key, PyTree
 
 from runner.tasks import Task
 
-__all__ = ["Batch", "Parts", "State", "constrain_norms", "make_eval_step", "make_step"]
+__all__ = [
+    "Batch",
+    "Parts",
+    "State",
+    "constrain_norms",
+    "make_eval_step",
+    "make_grad_fn",
+    "make_step",
+]
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -58,6 +66,8 @@ class Parts:
         microbatches: Number of parts of a batch.
         unroll: Write the microbatches out instead of looping over them.
         max_norm: Whether `train.max_norm` is among the hypers.
+        mean: A tree of each device's own to its mean over those with other rows.
+        total: The same to its sum.
     """
 
     apply: Callable[..., tuple[Array, PyTree]]
@@ -67,21 +77,31 @@ class Parts:
     microbatches: int = 1
     unroll: bool = False
     max_norm: bool = False
+    mean: Callable[[Any], Any] = lambda tree: tree
+    total: Callable[[Any], Any] = lambda tree: tree
 
 
-def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
+def make_step(
+    parts: Parts, *, gradients: Callable[..., Any] | None = None
+) -> Callable[..., tuple[State, Metrics]]:
     """The train step: (state, batch, keys, hypers) to the next state and metrics.
 
     A step whose loss or update is not finite is not taken: the state stays as it
     was, and `failed` names the step.
+
+    Args:
+        parts: What it is made of.
+        gradients: (state, batch, keys, hypers) to gradients, collections, metrics and
+            carried keys; None takes the microbatches one after the other.
     """
 
-    gradients = _make_gradients(parts)
+    gradients = gradients or _make_gradients(parts)
 
     def train_step(
         state: State, batch: Batch, keys: Any, hypers: Any
     ) -> tuple[State, Metrics]:
-        grads, collections, metrics, carried = gradients(state, batch, keys, hypers)
+        *own, carried = gradients(state, batch, keys, hypers)
+        grads, collections, metrics = parts.mean(own)
         optimizer = parts.optimizer(hypers)
         updates, opt_state = optimizer.update(
             grads, state.opt_state, state.params, value=metrics["loss"]
@@ -101,8 +121,13 @@ def make_step(parts: Parts) -> Callable[..., tuple[State, Metrics]]:
     return train_step
 
 
-def _make_gradients(parts: Parts) -> Callable[..., Any]:
-    """(state, batch, keys, hypers) to gradients, collections, metrics, carried keys."""
+def make_grad_fn(parts: Parts) -> Callable[..., Any]:
+    """The gradient of one microbatch.
+
+    Returns:
+        (params, collections, batch, rngs, hypers) to gradients, and (collections
+        after the call, metrics with the loss).
+    """
 
     def loss_fn(
         params: Any, collections: Any, batch: Batch, rngs: Any, hypers: Any
@@ -113,7 +138,12 @@ def _make_gradients(parts: Parts) -> Callable[..., Any]:
         metrics = jax.tree.map(jnp.mean, parts.task.metrics(outputs, batch.y))
         return loss, (after, {**metrics, "loss": loss})
 
-    grad_fn = jax.grad(loss_fn, has_aux=True)
+    return jax.grad(loss_fn, has_aux=True)
+
+
+def _make_gradients(parts: Parts) -> Callable[..., Any]:
+    """(state, batch, keys, hypers) to gradients, collections, metrics, carried keys."""
+    grad_fn = make_grad_fn(parts)
 
     def gradients(state: State, batch: Batch, keys: Any, hypers: Any) -> Any:
         n = parts.microbatches
@@ -160,10 +190,11 @@ def make_eval_step(parts: Parts) -> Callable[..., Metrics]:
         variables = {"params": state.params, **state.collections}
         outputs, _ = parts.apply(variables, batch.x, rngs, hypers, train=False)
         values = parts.task.metrics(outputs, batch.y)
-        return {
+        sums = {
             name: jnp.sum(jnp.where(weights > 0, v * weights, 0))
             for name, v in values.items()
         }
+        return parts.total(sums)
 
     return eval_step
 

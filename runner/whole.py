@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from runner.audit.marks import OPTIMIZER, mark_module
@@ -26,6 +27,7 @@ from runner.program import (
     hyper_shapes,
     make_parts,
     make_start,
+    spread_step,
 )
 from runner.spec import Phase
 from runner.step import Batch, State, make_step
@@ -58,8 +60,10 @@ def _trace_step(program: Program, state: State) -> Trace:
     def given(keys: Any, carried: Any, step: Any, part: Any) -> tuple[Any, Any]:
         return keys, carried
 
-    found, x, y = program.traces[Phase.TRAIN], program.microbatch, program.data.y_train
-    step = make_step(
+    found, layout = program.traces[Phase.TRAIN], program.layout
+    x, y = program.microbatch, program.data.y_train
+    rows = x.shape[0] * layout.own_shards
+    alone = make_step(
         replace(
             make_parts(program, Phase.TRAIN),
             optimizer=partial(_build_marked, program),
@@ -67,12 +71,13 @@ def _trace_step(program: Program, state: State) -> Trace:
             microbatches=1,
         )
     )
+    step = spread_step(alone, layout)
     try:
         whole = trace_draws(
             lambda rngs, state, batch, hypers: step(state, batch, rngs, hypers),
             {name: program.keys[name] for name in found.streams},
             state,
-            Batch(x, jax.ShapeDtypeStruct((x.shape[0], *y.shape[1:]), y.dtype)),
+            Batch(x.update(shape=(rows, *x.shape[1:])), _rows_of(y, rows)),
             hyper_shapes(program.hypers),
             spare=_spare(program),
         )
@@ -89,11 +94,15 @@ def _trace_step(program: Program, state: State) -> Trace:
     return replace(whole, draws=draws, outputs=found.outputs, primitives=primitives)
 
 
+def _rows_of(array: np.ndarray, rows: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((rows, *array.shape[1:]), array.dtype)
+
+
 def _put_back(draws: Iterable[Draw], forward: Iterable[Draw]) -> Iterator[Draw]:
     """The draws, each within the loops that it stands in.
 
     A gradient takes out of a loop what is the same at every turn, and so a draw whose
-    key is: a hazard that only the model alone still shows.
+    key is: a hazard that only the model alone still shows. Both are of one mesh.
     """
 
     def meaning(draw: Draw) -> Any:

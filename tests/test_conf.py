@@ -22,10 +22,12 @@ Make = Callable[..., RunSpec]
 FILES = sorted(path.relative_to(CONF_DIR) for path in CONF_DIR.rglob("*.yaml"))
 CHOICES = [path for path in FILES if len(path.parts) == 2]
 EXPERIMENTS = sorted(  # that train; `test_probe.py` has the probes
-    path.stem
-    for path in CHOICES
+    path.relative_to("experiment").with_suffix("").as_posix()
+    for path in FILES
     if path.parts[0] == "experiment"
     and "override /task: probe" not in (CONF_DIR / path).read_text()
+    and (len(path.parts) == 2 or path.parts[1] == "mesh")
+    and not path.stem.endswith("_noise")  # one is a probe by way of the other
 )
 PARTNERS = {  # what a choice can't do without
     "data=none": ["task=probe"],
@@ -33,7 +35,7 @@ PARTNERS = {  # what a choice can't do without
     "rng=bare": ["data=none", "task=probe"],
 }
 GROUPS = {"experiment", "model", "data", "task", "optimizer", "train", "eval", "rng"}
-GROUPS |= {"sinks", "checkpoint"}
+GROUPS |= {"mesh", "sinks", "checkpoint"}
 
 pytestmark = pytest.mark.promotes  # optax's Adam
 
@@ -64,6 +66,8 @@ def make(compose_config: Any, table: Path) -> Make:
 def test_the_contracts_groups_are_there() -> None:
     assert {path.parts[0] for path in CHOICES} - {"hydra"} == GROUPS
     assert {"dropout", "cnn", "regression", "batch_norm"} <= set(EXPERIMENTS)
+    meshes = {"mesh/data8", "mesh/fsdp8", "mesh/data4_model2", "mesh/exact8"}
+    assert meshes <= set(EXPERIMENTS)
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)

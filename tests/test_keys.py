@@ -47,7 +47,7 @@ from runner.spec import (
 )
 
 STEP, EPOCH, MICROBATCH = Coordinate
-FOLD, CARRY = Rule
+FOLD, CARRY, SPLIT = Rule
 ALL = frozenset(Coordinate)
 IMPLS = [str(impl) for impl in Impl]
 SEEDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]

@@ -19,6 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from runner.data import BatchOrder, Dataset
 from runner.loop import Outcome, Snapshot, train
+from runner.mesh import ONE_DEVICE
 from runner.platforms import set_compile_cache
 from runner.program import Construct
 from runner.records.events import EvalRecord, TrainRecord
@@ -79,7 +80,7 @@ class Fake:
         most = 512 if per_call == "auto" else per_call
         self.window = min(most, spec.train.steps)
         self.eval_rows, self.eval_batches = 4, 1
-        self.fails, self.values = fails, values
+        self.fails, self.values, self.layout = fails, values, ONE_DEVICE
         self.log: list[str] = []
         self.calls = SimpleNamespace(
             train=self.take_steps, evaluate=self.evaluate, digest=self.digest

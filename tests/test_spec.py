@@ -302,7 +302,7 @@ REFUSED = [
     (
         {"rng__streams__noise": {"per": {"step": "fold"}}},
         f"{NO}.per.step: not a choice (got 'fold'). "
-        "Choices: fold_in, carry. Did you mean 'fold_in'?",
+        "Choices: fold_in, carry, split. Did you mean 'fold_in'?",
     ),
     (
         {"rng__streams__noise": {"per": {"epoch": "carry"}}},

@@ -47,11 +47,12 @@ def main(args: list[str]) -> int:
     program = compile_run(composed.spec)
     document = _document(program)
     document["costs"] = None if options.no_compile else _costs(program, document)
+    document["collectives"] = _collectives(program, document)
     if options.json:
         json.dump(document, sys.stdout, indent=1)
         print()
     else:
-        _print_tables(document)
+        _print_tables(document, program)
     return 0
 
 
@@ -62,6 +63,8 @@ def _document(program: "Compiled") -> dict[str, Any]:
     from runner.hazards.find import find_hazards
     from runner.ledger import make_ledger
     from runner.lift_keys import count_lift_keys
+    from runner.program import Program
+    from runner.shardings import list_shardings
 
     ledger = make_ledger(program)
     guarantee = guarantee_of(program)
@@ -85,7 +88,8 @@ def _document(program: "Compiled") -> dict[str, Any]:
             }
             for path, leaf in leaves
         ],
-        "shardings": [],
+        "mesh": dict(program.spec.mesh.axes),
+        "shardings": list_shardings(program) if isinstance(program, Program) else [],
         "determinism": str(program.spec.determinism),
         "guarantee": {
             "level": str(guarantee.level),
@@ -106,7 +110,18 @@ def _costs(program: "Compiled", document: dict[str, Any]) -> dict[str, Any] | No
     return estimate_costs(program.programs)
 
 
-def _print_tables(document: dict[str, Any]) -> None:
+def _collectives(program: "Compiled", document: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the devices exchange in a call of the compiled step; [] if it is not."""
+    if document["costs"] is None or not document["mesh"]:
+        return []
+    from runner.shardings import list_collectives
+
+    programs = program.programs
+    used = [programs[name] for name in ("train", "update", "call") if name in programs]
+    return list_collectives(used[0])
+
+
+def _print_tables(document: dict[str, Any], program: "Compiled") -> None:
     guarantee = document["guarantee"]
     total = sum(p["size"] for p in document["parameters"])
     print(
@@ -172,6 +187,9 @@ def _print_tables(document: dict[str, Any]) -> None:
             for p in document["parameters"]
         ],
     )
+    if document["shardings"]:
+        _print_mesh(document)
+        _draw(program)
     _print_costs(document["costs"])
 
 
@@ -185,6 +203,42 @@ def _spell_keys(row: dict[str, Any]) -> str:
         rule = "" if over or stream["rule"] == "passed" else f", {stream['rule']}"
         parts.append(f"{stream['stream']}: {count} {word}{over}{rule}")
     return "; ".join(parts)
+
+
+def _print_mesh(document: dict[str, Any]) -> None:
+    """What each device holds, and what they exchange."""
+    print()
+    axes = " x ".join(f"{n} {name}" for name, n in document["mesh"].items())
+    print(f"mesh: {axes}")
+    print_table(
+        ("array", "axes", "shape", "on a device", "bytes there"),
+        [
+            (row["path"], _axes(row), row["shape"], row["shard"], f"{row['bytes']:,}")
+            for row in document["shardings"]
+        ],
+    )
+    if document["collectives"]:
+        print()
+        print_table(
+            ("collective of a step", "number", "bytes"),
+            [
+                (row["kind"], row["count"], f"{row['bytes']:,}")
+                for row in document["collectives"]
+            ],
+        )
+
+
+def _draw(program: "Compiled") -> None:
+    from runner.program import Program
+    from runner.shardings import draw_shardings
+
+    if isinstance(program, Program):
+        draw_shardings(program)
+
+
+def _axes(row: dict[str, Any]) -> str:
+    cut = [axis for axis in row["spec"] if axis is not None]
+    return "on all" if not cut else ", ".join(str(axis) for axis in row["spec"])
 
 
 def _print_costs(costs: dict[str, Any] | None) -> None:

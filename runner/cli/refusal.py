@@ -81,6 +81,11 @@ def _unknown_key(path: str, args: list[str]) -> ConfigError:
         )
         return ConfigError(path, "no recipe to replace", fix=f"Add one: +{given}")
     known = _keys_at(parent, args)
+    if leaf in known:  # a mapping, given keys that it does not have
+        given = next((a for a in args if a.startswith(f"{path}=")), f"{path}={{}}")
+        rule = "a value is added to, not replaced, and has no such key"
+        fix = f"Replace it: '~{path}' '+{given}'"
+        return ConfigError(path, rule, got=given.partition("=")[2], fix=fix)
     allowed = f"Known: {', '.join(known)}" if known else None
     return ConfigError(
         path, "unknown key", allowed=allowed, fix=did_you_mean(leaf, known)

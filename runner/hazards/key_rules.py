@@ -17,7 +17,7 @@ from runner.hazards.meet import SplitRule, meet
 from runner.hazards.places import Place, pairs_that_may_meet
 from runner.ops import Op
 from runner.program import Compiled
-from runner.spec import Coordinate, Impl, Phase
+from runner.spec import Coordinate, Impl, Phase, Strategy
 
 __all__ = ["find_key_hazards"]
 
@@ -26,7 +26,7 @@ def find_key_hazards(program: Compiled, places: tuple[Place, ...]) -> Iterator[H
     """What is wrong with the keys that a program draws from."""
     traced = tuple(place for place in places if place.is_traced)
     yield from _find_meetings(program, traced)
-    yield from _find_same_at_every_index(traced)
+    yield from _find_same_at_every_index(program, traced)
     yield from _find_repeats(program, places)
     yield from _find_strangers(program, places)
 
@@ -111,7 +111,9 @@ def _why_met(a: Place, b: Place) -> str:
     return "split(key, n)[i] is fold_in(key, i) for any n"
 
 
-def _find_same_at_every_index(places: tuple[Place, ...]) -> Iterator[Hazard]:
+def _find_same_at_every_index(
+    program: Compiled, places: tuple[Place, ...]
+) -> Iterator[Hazard]:
     """R001, R003, R008: one key for every index of a loop, or for two of them."""
     for place in places:
         stream, draws = f"rng.streams.{place.draw.stream}", (str(place),)
@@ -124,7 +126,8 @@ def _find_same_at_every_index(places: tuple[Place, ...]) -> Iterator[Hazard]:
             yield error("R001", stream, what, fix, draws=draws)
         known = sum(c.loops for c in (*shared, *ignored))  # those are R009
         axes = [axis for axis, size in place.draw.within if size != 1]
-        axes = [axis for axis in axes if axis not in place.indexed_by]
+        known_axes = (*place.indexed_by, *program.spec.mesh.axes)
+        axes = [axis for axis in axes if axis not in known_axes]
         loops = [axis for axis in axes if _is_loop(axis)]
         if shards := [axis for axis in axes if axis not in loops]:
             what = f"one key on every shard of {shards[-1]}"
@@ -171,12 +174,35 @@ def _find_repeats(program: Compiled, places: tuple[Place, ...]) -> Iterator[Haza
         if repeats and Coordinate.STEP not in coordinates:
             what = "the key is the same at every step"
             yield error("R002", path, what, f"Add step to {path}", draws=draws)
+        yield from _find_same_on_shards(program, tuple(here), path)
         if counts[phase] > 1 and Coordinate.MICROBATCH not in coordinates:
             parts = (
                 "microbatches" if phase is Phase.TRAIN else "batches of an evaluation"
             )
             what = f"the key is the same for {counts[phase]} {parts}"
             yield error("R003", path, what, f"Add microbatch to {path}", draws=draws)
+
+
+def _find_same_on_shards(
+    program: Compiled, places: tuple[Place, ...], path: str
+) -> Iterator[Hazard]:
+    """R003: one key on shards of the run's own mesh that hold other rows.
+
+    An optimizer sees the gradient of all rows, which is the same on each shard.
+    """
+    mesh = program.spec.mesh
+    if mesh.strategy is not Strategy.SHARD_MAP:
+        return
+    axis = mesh.rules.get("batch")
+    if axis is None or mesh.axes[axis] == 1:
+        return
+    same = [p for p in places if axis not in p.indexed_by and p.draw.path != OPTIMIZER]
+    if same:
+        what = f"the key is the same on the {mesh.axes[axis]} shards of {axis}, "
+        what = f"{what}which hold different rows"
+        yield error(
+            "R003", path, what, f"Add {axis} to {path}", draws=tuple(map(str, same))
+        )
 
 
 def _find_strangers(program: Compiled, places: tuple[Place, ...]) -> Iterator[Hazard]:
@@ -189,6 +215,11 @@ def _find_strangers(program: Compiled, places: tuple[Place, ...]) -> Iterator[Ha
             if place.draw.path == OPTIMIZER:
                 part, fix = "optimizer", "Use one that draws nothing"
             yield error("R014", part, what, fix, draws=(str(place),))
+        spread = program.spec.mesh.strategy is not Strategy.NONE
+        if spread and program.spec.rng.impl is not Impl.THREEFRY2X32:
+            what = "draws on a mesh depend on the layout"
+            fix = "Set rng.impl=threefry2x32"
+            yield error("R011", "rng.impl", what, fix, draws=(str(place),))
         mapped = any(name.startswith("vmap") for name, _ in place.draw.axes)
         if mapped and program.spec.rng.impl is not Impl.THREEFRY2X32:
             what = "draws under vmap depend on the layout"

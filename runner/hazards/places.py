@@ -71,7 +71,8 @@ def _find(program: Compiled) -> Iterator[Place]:
             if draw.stream is not None:
                 stream = program.plan.streams[draw.stream]
                 ops = (*stream.ops(phase, program.coordinates[phase]), *ops)
-            sizes = {**_sizes(program, phase), **dict(draw.within), **dict(draw.axes)}
+            sizes: dict[str, int | None] = {**program.spec.mesh.axes}
+            sizes |= {**_sizes(program, phase), **dict(draw.within), **dict(draw.axes)}
             call = (draw.stream, draw.path, draw.call)
             yield Place(
                 phase=phase,

@@ -18,10 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from runner.audit.trace import Trace
 from runner.flags import trace_flags
 from runner.keys import KeyPlan, derive_base_keys, make_rngs
+from runner.mesh import ONE_DEVICE, Layout
 from runner.model import Model, split_variables, trace_phase
 from runner.observe.observe import observe
 from runner.probe.declared import draw_arrays, host_uses, list_legacy_draws
@@ -66,6 +68,7 @@ class Probe:
             path. Here they are constants, as in a program by hand: XLA folds them
             into others nearby, which rounds otherwise.
         traces: What is drawn in each phase.
+        layout: How arrays lie on the devices.
     """
 
     spec: RunSpec
@@ -75,6 +78,7 @@ class Probe:
     arrays: tuple[np.ndarray, ...]
     constants: Mapping[str, float]
     traces: Mapping[Phase, Trace]
+    layout: Layout = ONE_DEVICE
 
     @property
     def hypers(self) -> dict[str, float]:
@@ -104,9 +108,9 @@ class Probe:
         return Sizes(steps=calls, eval_every=self.spec.eval.every)
 
     @property
-    def coordinates(self) -> dict[Phase, frozenset[Coordinate]]:
+    def coordinates(self) -> dict[Phase, frozenset[str]]:
         """The coordinates that each phase has; a step takes all there is: an epoch."""
-        called = frozenset({Coordinate.STEP, Coordinate.EPOCH})
+        called = frozenset({Coordinate.STEP, Coordinate.EPOCH, *self.layout.own_axes})
         return {Phase.INIT: frozenset(), Phase.TRAIN: called, Phase.EVAL: called}
 
     @property
@@ -148,20 +152,28 @@ class Probe:
     @cached_property
     def calls(self) -> Calls:
         """The programs, compiled beside each other when first asked for."""
-        args = self._shapes
+        args, same = self._shapes, self.layout.replicated
+        lies = (same, self.layout.rows, same)
         with trace_flags(self.spec):  # they count while a program is traced
-            lowered = [
-                self._jit(_make_setup(self)).lower(self._seeds, self.arrays),
-                self._jit(_make_update(self)).lower(*args) if self.steps else None,
-                self._jit(_make_call(self)).lower(*args),
-            ]
+            setup = self._jit(_make_setup(self), takes=(same, same), gives=lies)
+            lowered = [setup.lower(self._seeds, self.arrays), None]
+            if self.steps:
+                update = self._jit(_make_update(self), takes=lies, gives=same)
+                lowered[1] = update.lower(*args)
+            lowered.append(self._jit(_make_call(self), takes=lies).lower(*args))
         with ThreadPoolExecutor() as pool:
             return Calls(*pool.map(lambda each: each and each.compile(), lowered))
 
-    def _jit(self, function: Callable[..., Any]) -> Any:
-        if self.spec.rng.observe:
-            return jax.jit(observe(function))
-        return jax.jit(lambda *args: (function(*args), None))
+    def _jit(
+        self, function: Callable[..., Any], *, takes: Any, gives: Any = None
+    ) -> Any:
+        def unobserved(*args: Any) -> tuple[Any, None]:
+            return function(*args), None
+
+        observed = observe(function) if self.spec.rng.observe else unobserved
+        if self.layout.mesh is None:
+            return jax.jit(observed)
+        return jax.jit(observed, in_shardings=takes, out_shardings=(gives, None))
 
     @property
     def _seeds(self) -> dict[str, jax.ShapeDtypeStruct]:
@@ -183,6 +195,7 @@ def trace_probe(
     model: Model,
     arrays: tuple[np.ndarray, ...],
     constants: Mapping[str, float],
+    layout: Layout = ONE_DEVICE,
 ) -> dict[Phase, Trace]:
     """Traces the phases that a probe has; runs nothing.
 
@@ -195,10 +208,17 @@ def trace_probe(
 
     def init(rngs: Any, _: Any, arrays: Any) -> Any:
         drawn = draw_arrays(task, plan, keys=rngs, arrays=arrays)
-        return model.init(rngs, drawn[: len(task.inputs)], constants), drawn
+        called = layout.first_rows(drawn[: len(task.inputs)])
+        return model.init(rngs, called, constants), drawn
+
+    rows, same = layout.row_spec, P()
 
     def call(train: bool) -> Any:
-        return lambda rngs, x, v: model.apply(v, x, rngs, constants, train=train)
+        def shard(rngs: Any, x: Any, variables: Any) -> Any:
+            outputs, after = model.apply(variables, x, rngs, constants, train=train)
+            return layout.as_rows(outputs), after
+
+        return layout.on_shards(shard, takes=(same, rows, same), gives=(rows, same))
 
     first = trace(Phase.INIT, init, inputs, arrays)
     variables, _ = first.outputs
@@ -218,7 +238,8 @@ def _make_setup(probe: Probe) -> Callable[..., tuple[State, Batch, dict[str, Any
         base = derive_base_keys(probe.plan, seeds=seeds)
         drawn = draw_arrays(task, probe.plan, keys=base, arrays=arrays)
         inputs, targets = drawn[: len(task.inputs)], drawn[len(task.inputs) :]
-        variables = probe.model.init(base, inputs, constants)
+        called = probe.layout.first_rows(inputs)
+        variables = probe.model.init(base, called, constants)
         params, collections = split_variables(variables)
         state = State(
             step=jnp.int32(0),
@@ -245,14 +266,18 @@ def _make_update(probe: Probe) -> Callable[..., tuple[State, dict[str, Any]]]:
         optimizer=partial(build_run_optimizer, probe.spec),
         rngs=_rngs(probe, Phase.TRAIN),
         max_norm=probe.spec.train.max_norm is not None,
+        mean=probe.layout.mean,
     )
-    step = make_step(parts)
-    return lambda state, batch, keys: step(state, batch, keys, probe.constants)
+    step, rows, same = make_step(parts), probe.layout.row_spec, P()
+    return probe.layout.on_shards(
+        lambda state, batch, keys: step(state, batch, keys, probe.constants),
+        takes=(same, rows, same),
+    )
 
 
 def _make_call(probe: Probe) -> Callable[..., tuple[Any, Any]]:
     rngs_of, task = _rngs(probe, probe.phase), probe.task
-    train = probe.phase is Phase.TRAIN
+    train, layout = probe.phase is Phase.TRAIN, probe.layout
 
     def call(state: State, batch: Batch, keys: Any) -> tuple[Any, Any]:
         rngs, _ = rngs_of(keys, {}, state.step, None)
@@ -260,10 +285,12 @@ def _make_call(probe: Probe) -> Callable[..., tuple[Any, Any]]:
         given = (variables, batch.x, rngs, probe.constants)
         outputs, _ = probe.model.apply(*given, train=train)
         if task.loss is None:
-            return outputs, None
-        return outputs, make_task(task).loss(outputs, batch.y, probe.constants)
+            return layout.as_rows(outputs), None
+        loss = make_task(task).loss(outputs, batch.y, probe.constants)
+        return layout.as_rows(outputs), layout.mean(loss)
 
-    return call
+    rows, same = layout.row_spec, P()
+    return layout.on_shards(call, takes=(same, rows, same), gives=(rows, same))
 
 
 def _rngs(probe: Probe, phase: Phase) -> Callable[..., Any]:

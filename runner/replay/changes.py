@@ -9,7 +9,7 @@ from typing import Any
 from runner.errors import ConfigError, did_you_mean
 from runner.records.record import Record
 from runner.records.secrets import SECRET, Secrets, find_secrets
-from runner.spec import RunSpec, parse_spec
+from runner.spec import RunSpec, Strategy, parse_spec
 
 __all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "secrets_of", "spec_of"]
 
@@ -25,6 +25,7 @@ IN_RESUME = (
     "checkpoint.keep",
     "checkpoint.keep_best",
 )
+_OF_EXACT = ("mesh.axes", "mesh.host_devices")  # change no bit there
 
 
 def spec_of(
@@ -42,7 +43,8 @@ def spec_of(
         trusted: Packages that the person at the keyboard trusts.
         changes: What that person wants otherwise, by config path.
         may_change: Paths that `changes` may name, with all that is below them; and
-            any value that the record does not hold.
+            any value that the record does not hold. The devices of a mesh that is
+            `exact` may change, too.
         fixed: What is otherwise in any case, by config path.
 
     Raises:
@@ -50,6 +52,7 @@ def spec_of(
     """
     config: Any = copy.deepcopy(record.config)
     unknown = dict(_not_held(config))
+    may_change = (*may_change, *_of_mesh(config))
     _refuse_changes(config, changes or {}, unknown, may_change)
     for path, value in {**(fixed or {}), **(changes or {})}.items():
         _put(config, path, value)
@@ -94,6 +97,12 @@ def _refuse_changes(
             allowed=f"May change: {', '.join(may_change)}",
             fix="Start a new run for that",
         )
+
+
+def _of_mesh(config: Any) -> tuple[str, ...]:
+    mesh = config.get("mesh")
+    is_exact = isinstance(mesh, dict) and mesh.get("strategy") == Strategy.EXACT
+    return _OF_EXACT if is_exact else ()
 
 
 def _at(config: Any, path: str) -> Any:

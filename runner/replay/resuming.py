@@ -16,6 +16,7 @@ import numpy as np
 
 from runner.course import BEGINNING, Best, Start
 from runner.errors import ConfigError, RecordError
+from runner.guarantee import was_seen_exact
 from runner.kept import restore
 from runner.keys import draw_canary, rng_flags
 from runner.manifest import facts_of_process
@@ -31,7 +32,7 @@ from runner.records.restore import (
     read_saved,
     restore_leaves,
 )
-from runner.replay.environment import compare_environments
+from runner.replay.environment import Cause, compare_environments
 from runner.replay.sameness import check_data, compare_keys
 from runner.sinks.jsonl import FILES
 from runner.spec import RunSpec
@@ -125,7 +126,10 @@ def _restore(record: Record, program: Program, step: int) -> dict[str, Any]:
 def _what_is_another(record: Record, spec: RunSpec) -> str:
     """What can round otherwise here than where the run was begun; empty for nothing."""
     found = compare_environments(record.manifest, facts_of_process(spec))
-    return "; ".join(str(each) for each in found if each.rounds)
+    harmless = {Cause.MESH} if was_seen_exact(spec) else set()
+    return "; ".join(
+        str(each) for each in found if each.rounds and each.cause not in harmless
+    )
 
 
 _Rows = dict[str, list[dict[str, Any]]]
