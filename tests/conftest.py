@@ -21,6 +21,16 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """What a verb sets for its process (NPROC, XLA_FLAGS) ends with the test."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
     """No silent promotion of dtypes in what a test computes."""
     import jax
