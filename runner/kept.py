@@ -16,14 +16,14 @@ from runner.errors import RecordError
 from runner.keys import is_key
 from runner.step import State
 
-__all__ = ["keep", "restore"]
+__all__ = ["PARTS", "keep", "restore"]
 
-_PARTS = ("params", "collections", "opt_state")
+PARTS = ("params", "collections", "opt_state")
 
 
 def keep(state: State) -> dict[str, Any]:
     """The arrays of a state, as Orbax takes them."""
-    kept = {name: getattr(state, name) for name in ("step", *_PARTS)}
+    kept = {name: getattr(state, name) for name in ("step", *PARTS)}
     return {name: jax.tree.map(_words, tree) for name, tree in kept.items()}
 
 
@@ -54,7 +54,7 @@ def restore(
             return jax.random.wrap_key_data(jnp.asarray(leaf), impl=impl)
         return leaf
 
-    wanted = {part: getattr(like, part) for part in _PARTS}
+    wanted = {part: getattr(like, part) for part in PARTS}
     kept: dict[str, Any] = jax.tree_util.tree_map_with_path(take, wanted)
     if left:
         raise RecordError(f"{name}: {min(left)} is no array of the model.")

@@ -17,7 +17,7 @@ import numpy as np
 from runner.course import BEGINNING, Best, Start
 from runner.errors import ConfigError, RecordError
 from runner.guarantee import was_seen_exact
-from runner.kept import restore
+from runner.kept import PARTS, restore
 from runner.keys import draw_canary, rng_flags
 from runner.manifest import facts_of_process
 from runner.program import Program
@@ -39,7 +39,6 @@ from runner.spec import RunSpec
 
 __all__ = ["find_resumption"]
 
-_KEPT = ("params", "collections", "opt_state")
 _ROOM = 2**20  # bytes of a checkpoint besides: its step, at most
 
 
@@ -112,7 +111,7 @@ def _check_same_run(record: Record, program: Program) -> None:
 
 def _restore(record: Record, program: Program, step: int) -> dict[str, Any]:
     """The arrays of a checkpoint, as the program's state holds them."""
-    wanted = {name: getattr(program.initial, name) for name in _KEPT}
+    wanted = {name: getattr(program.initial, name) for name in PARTS}
     most = sum(math.prod(s.shape) * s.dtype.itemsize for s in jax.tree.leaves(wanted))
     leaves = restore_leaves(record.files, step, most=most + _ROOM)
     return restore(
