@@ -113,7 +113,7 @@ def test_wheel_declares_its_entry_points(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         entries.read_string(archive.read(f"{DIST_INFO}/entry_points.txt").decode())
     assert {name: dict(entries[name]) for name in entries.sections()} == {
-        "console_scripts": {"runner": "runner.cli:main"},
+        "console_scripts": {"runner": "runner.__main__:main"},
         "hydra.plugins": {"runner": "hydra_plugins.runner"},
     }
 

@@ -15,7 +15,6 @@ Nothing here imports jax before it is needed.
 import importlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -26,8 +25,6 @@ from runner.errors import RunnerError
 __all__ = ["VERBS", "main", "print_last"]
 
 VERBS = ("plan", "keys", "reproduce", "resume", "diff", "report")
-
-_INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -43,12 +40,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _settle_streams() -> None:
-    """What a shell may do to us before there is a run: `>&-`, `| head`, Ctrl-C."""
+    """What a shell may do to us before there is a run: `>&-`, `| head`."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until exit
     logging.raiseExceptions = False
-    signal.signal(signal.SIGINT, lambda *_: os._exit(_INTERRUPTED))
 
 
 def print_last(line: str) -> None:
