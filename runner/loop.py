@@ -25,6 +25,8 @@ from runner.step import Batch, State
 
 __all__ = ["Outcome", "Snapshot", "Watch", "train"]
 
+_MOST_IN_FLIGHT = 8  # calls; 20 at once were well, 50 were not
+
 Record = TrainRecord | EvalRecord | StateRecord
 
 
@@ -65,6 +67,7 @@ def train(
     start: Start = BEGINNING,
     stop: Callable[[], str] = lambda: "",
     watch: Watch | None = None,
+    share: Callable[[Any], Any] = lambda value: value,
 ) -> Iterator[Record | Snapshot | Outcome]:
     """Runs a program to its end, early stop, first non-finite step, or `stop()`.
 
@@ -73,11 +76,12 @@ def train(
         start: Where to begin.
         stop: Asked between calls; a reason ends the run as `interrupted`.
         watch: Compares the keys of a program with `rng.observe`.
+        share: Gives the value that process 0 has, where several run the program.
 
     Yields:
         Records in the order of their steps; an `Outcome` last.
     """
-    return _Loop(program, start, stop, watch).run()
+    return _Loop(program, start, stop, watch, share).run()
 
 
 class _Loop:
@@ -89,16 +93,20 @@ class _Loop:
         start: Start,
         stop: Callable[[], str],
         watch: Watch | None,
+        share: Callable[[Any], Any],
     ) -> None:
         self.program, self.start, self.stop = program, start, stop
+        self.share = share
         self.watch = watch if program.spec.rng.observe else None
         self.spec = program.spec
         data, place = program.data, program.layout.place
         self.train_data = place(Batch(data.x_train, data.y_train))
         self.test_data = place(Batch(data.x_test, data.y_test))
         self.pending: deque[_Call] = deque()
+        self.in_flight = 0
         per_call = program.spec.train.steps_per_call
         self.pace = Pace(most=program.window, fixed=per_call != "auto")
+        self.steps_per_call = self.pace.steps
         self.batches = Batches(program.order, start)
         self.best = Best(program.spec, start)
         self.saves = Saves(program.spec)
@@ -113,7 +121,7 @@ class _Loop:
         begun, steps = time.perf_counter(), self.spec.train.steps
         while step < steps and not self.reason:
             before = len(self.pending)
-            count = min(self.pace.steps, self._next_boundary(step) - step)
+            count = min(self.steps_per_call, self._next_boundary(step) - step)
             state = self._dispatch(call, state, step, count)
             step += count
             evaluates = self._is_due(self.spec.eval.every, step)
@@ -124,18 +132,22 @@ class _Loop:
             waits = evaluates and self.saves.waits
             yield from self._fetch(leave=0 if waits else len(self.pending) - before)
             is_best = waits and self.best.since == 0
-            if step < steps and self.saves.is_due(step, best=is_best):
+            saves = step < steps and self.saves.is_due(step, best=is_best)
+            saves, stop = self._settle(saves)
+            if saves:
                 yield from self._fetch(leave=0)
                 if not self.reason:  # the fetch may have found a failure
                     yield Snapshot(step, state)
-            self._ask_to_stop()
+            if stop and not self.reason:
+                self.reason, self.stopped = stop, True
         yield from self._fetch(leave=0)
         yield self._outcome(state, step, time.perf_counter() - begun)
 
-    def _ask_to_stop(self) -> None:
-        if not self.reason:
-            self.reason = self.stop()
-            self.stopped = bool(self.reason)
+    def _settle(self, saves: bool) -> tuple[bool, str]:
+        """What a clock or a signal decides: it must be one thing in all processes."""
+        settled = self.share([saves, self.stop(), self.pace.steps])
+        saves, stop, self.steps_per_call = settled
+        return saves, stop
 
     def _begin(self) -> State:
         (state, self.keys, self.hypers), observed = self.program.start_observed()
@@ -152,9 +164,9 @@ class _Loop:
         self.batches.take(numbers)
         padded = np.zeros((self.program.window, numbers.shape[1]), np.int32)
         padded[:count] = numbers
-        window = self.program.layout.place(
-            {"first": np.int32(step), "rows": padded, "steps": np.int32(count)}
-        )
+        layout = self.program.layout
+        window = layout.place({"first": np.int32(step), "steps": np.int32(count)})
+        window["rows"] = layout.put(padded, layout.columns)
         planned = self._expect(Phase.TRAIN, step, steps=count)
         args = (window, self.train_data, self.keys, self.hypers)
         if self.program.construct is Construct.LOOP:
@@ -164,9 +176,20 @@ class _Loop:
             for _ in range(count):
                 state, row, failed = call(state, *args)
                 rows.append(row)
+                self._breathe(failed)
         take = partial(self._train_record, step, count)
         self.pending.append(_Call(planned, (rows, failed), take))
         return state
+
+    def _breathe(self, last: Any) -> None:
+        """Waits, now and then, where too many calls in flight stop each other.
+
+        On CPU a collective of each of them holds a thread while it waits for other
+        processes, which may have begun with another call.
+        """
+        self.in_flight += 1
+        if self.in_flight % _MOST_IN_FLIGHT == 0 and self.program.layout.crowds:
+            jax.block_until_ready(last)
 
     def _digest(self, state: State, step: int) -> None:
         def take(_: Any, words: Any) -> StateRecord:
@@ -178,7 +201,8 @@ class _Loop:
     def _evaluate(self, state: State, step: int) -> None:
         planned = self._expect(Phase.EVAL, step)
         rows, n = self.program.eval_rows, len(self.program.data.x_test)
-        sums = dict.fromkeys(self.spec.task.metrics, np.float32(0))
+        zeros = dict.fromkeys(self.spec.task.metrics, np.float32(0))
+        sums = self.program.layout.place(zeros)
         observed = []
         for part in range(self.program.eval_batches):
             at = np.arange(part * rows, (part + 1) * rows, dtype=np.int32)
@@ -187,9 +211,11 @@ class _Loop:
                 "weights": (at < n).astype(np.float32),
                 "part": np.int32(part),
             }
+            window = self.program.layout.place(window)
             args = (state, window, self.test_data, self.keys, self.hypers)
             sums, keys = self.program.calls.evaluate(sums, *args)
             observed.append(keys)
+            self._breathe(sums)
         take = partial(self._eval_record, step)
         self.pending.append(_Call(planned, (sums, observed), take))
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -102,9 +103,46 @@ class Layout:
         """A layout by axes of the mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, spec)
 
+    @property
+    def columns(self) -> NamedSharding | None:
+        """Row numbers of many steps, [steps, rows]: each step's, as its rows lie."""
+        return self.of(P(None, *self.row_spec))
+
+    @property
+    def is_whole_here(self) -> bool:
+        """Whether all devices are those of this process."""
+        everywhere = self.replicated
+        return everywhere is None or everywhere.is_fully_addressable
+
+    @property
+    def crowds(self) -> bool:
+        """Whether collectives of several calls wait on one pool of threads."""
+        return not self.is_whole_here and jax.default_backend() == "cpu"
+
     def place(self, tree: Any) -> Any:
         """A tree on the device, or a copy of it on each."""
-        return jax.device_put(tree, self.replicated)
+        if self.is_whole_here:
+            return jax.device_put(tree, self.replicated)
+        return jax.tree.map(lambda leaf: self.put(leaf, self.replicated), tree)
+
+    def put(self, array: Any, sharding: NamedSharding | None) -> Any:
+        """An array that each process has whole; each takes the parts of its devices."""
+        if self.is_whole_here:
+            return jax.device_put(array, sharding)
+        assert sharding is not None
+        if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            words = self.put(jax.random.key_data(array), sharding)
+            return jax.random.wrap_key_data(words, impl=jax.random.key_impl(array))
+        whole = np.asarray(array)
+        return jax.make_array_from_callback(
+            whole.shape, sharding, lambda part: whole[part]
+        )
+
+    def fetch(self, tree: Any) -> Any:
+        """Arrays whole, whatever lies in other processes; all of them must ask."""
+        if self.is_whole_here:
+            return tree
+        return jax.jit(lambda same: same, out_shardings=self.replicated)(tree)
 
     def constrain_rows(self, tree: Any) -> Any:
         """Rows of a batch, in a program, as `rows` lays them out."""

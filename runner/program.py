@@ -148,6 +148,10 @@ class Compiled(Protocol):
     def programs(self) -> Mapping[str, Any]:
         """The compiled programs (`jax.stages.Compiled`), by name."""
 
+    @property
+    def layout(self) -> Layout:
+        """How arrays lie on the devices."""
+
 
 class Calls(NamedTuple):
     """The compiled programs of a run.
@@ -305,7 +309,9 @@ class Program:
     def start_observed(self) -> tuple[tuple[State, Any, Any], Observation | None]:
         """The same, and the keys that the initialisation drew from."""
         hypers = {path: jnp.asarray(value) for path, value in self.hypers.items()}
+        hypers = self.layout.place(hypers)
         seeds = {name: np.uint32(s.seed) for name, s in self.plan.streams.items()}
+        seeds = self.layout.place(seeds)
         (state, keys), observed = self.calls.setup(seeds, hypers)
         return (state, keys, hypers), observed
 
@@ -402,9 +408,14 @@ class Program:
         window = {"first": scalar, "rows": rows, "steps": scalar}
         data = Batch(_shape(self.data.x_train), _shape(self.data.y_train))
         everywhere = self.layout.replicated
+        numbers = {
+            "first": everywhere,
+            "rows": self.layout.columns,
+            "steps": everywhere,
+        }
         jitted = self._jit(
             make(step, place=place),
-            takes=(self.shardings, *[everywhere] * 4),
+            takes=(self.shardings, numbers, *[everywhere] * 3),
             gives=(self.shardings, everywhere, everywhere),
             donate_argnums=0,
         )

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from runner.comparison.compare import Comparison
 from runner.course import BEGINNING, Start
 from runner.errors import RecordError, RunFailedError
+from runner.following import agree_on, compare_keys
 from runner.hazards.find import Hazard
 from runner.kept import keep
 from runner.ledger import make_ledger, stream_rows
@@ -24,6 +24,7 @@ from runner.manifest import first_manifest, now, take_over
 from runner.parse import to_plain
 from runner.probe.loop import Event, key_rows, run_probe
 from runner.probe.probe import Probe
+from runner.processes.peers import PeerLostError, peers
 from runner.program import Compiled, Program
 from runner.records.arrays import write_arrays
 from runner.records.checkpoint import FOLDER, Checkpoints, Saved
@@ -123,6 +124,7 @@ def record_run(
         RunFailedError: the record can't be written.
     """
     recording = _Recording(program, directory, secrets, hazards, resumption)
+    agree_on(program, ledger=recording.ledger)
     recording.open_manifest(sweep=sweep, parent=parent)
     try:
         return recording.run(stop, listen)
@@ -154,7 +156,7 @@ class _Recording:
         self.objective: tuple[int, float] | None = None  # at the last evaluation
         self.outputs: Outputs | None = None
         self.taken = self.start.step  # steps whose metrics are written
-        self.comparison = _compare_keys(program, self.ledger)
+        self.comparison = compare_keys(program, self.ledger)
         for record in self.start.evaluated:
             self._take_eval(record)
 
@@ -187,8 +189,12 @@ class _Recording:
                 _log.warning("%s", note)
             for hazard in self.hazards:
                 _log.warning("%s", hazard)
-            outcome = self._train(sinks, stop, listen)
-            end = self._finish(outcome, sinks)
+            with peers().closing(lambda line: sinks.finish(self._abort(line))):
+                outcome = self._train(sinks, stop, listen)
+                end = self._finish(outcome, sinks)
+        except PeerLostError as error:  # what is being saved can't become whole
+            sinks.finish(self._abort(str(error)))
+            raise
         except BaseException as error:
             what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
             with contextlib.suppress(RunFailedError):  # the error at hand came first
@@ -221,7 +227,8 @@ class _Recording:
         if isinstance(program, Probe):
             return run_probe(program, stop=stop, watch=watch)
         assert isinstance(program, Program)
-        return train(program, start=self.start, stop=stop, watch=watch)
+        share = peers().share
+        return train(program, start=self.start, stop=stop, watch=watch, share=share)
 
     def _take(self, record: TrainRecord | EvalRecord | StateRecord) -> None:
         if isinstance(record, TrainRecord):
@@ -254,7 +261,7 @@ class _Recording:
         """Saves the last good state, then closes the manifest over it."""
         if self.program.steps:
             self._save(outcome.step, outcome.state, sinks)
-        params = named_leaves(outcome.state.params)
+        params = named_leaves(self.program.layout.fetch(outcome.state.params))
         self.checkpoints.close()
         self.manifest["digests"]["params"] = digest_leaves(params)
         return self._close(
@@ -333,6 +340,8 @@ class _Recording:
         level = self.manifest["guarantee"]["level"]
         platform = self.manifest["platform"]
         devices = f"{platform['device_count']} x {platform['device_kind']}"
+        if platform["process_count"] > 1:
+            devices += f" in {platform['process_count']} processes"
         return RunStart(
             directory=self.directory,
             run_id=self.manifest["run_id"],
@@ -350,14 +359,6 @@ class _Recording:
             },
             keys=key_rows(self.ledger) if isinstance(program, Probe) else (),
         )
-
-
-def _compare_keys(program: Compiled, ledger: Mapping[str, Any]) -> Comparison | None:
-    """What compares the keys of the running program, where `rng.observe` says so."""
-    if not program.spec.rng.observe:
-        return None
-    window = program.window if isinstance(program, Program) else 1
-    return Comparison(ledger, window=window)
 
 
 def _finite(value: float) -> float | None:

@@ -9,11 +9,12 @@ several fields stand at the end of this file.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from runner.errors import ConfigError, UnknownStreamError, did_you_mean
 from runner.inputs import InputSpec, check_input
 from runner.parse import (
+    Bounds,
     Count,
     Fraction,
     Frozen,
@@ -37,6 +38,7 @@ __all__ = [
     "Derive",
     "Determinism",
     "DigitsSpec",
+    "DistributedSpec",
     "EvalSpec",
     "Impl",
     "MeshSpec",
@@ -362,18 +364,36 @@ class SinksSpec:
 
 
 @dataclass(frozen=True)
+class DistributedSpec:
+    """`mesh.distributed`: the processes that share a run.
+
+    Process 0 listens at `coordinator_address` (`host:port`). Without it and without a
+    `process_id`, this one launches the others on this machine.
+    """
+
+    num_processes: Count
+    coordinator_address: str | None = None
+    process_id: Whole | None = None
+
+
+@dataclass(frozen=True)
 class MeshSpec:
     """`mesh`: the devices under named axes, and what is cut along which.
 
     `rules` map logical axes of arrays (`batch` of the rows, and those that a model
     names by `flax.linen.with_logical_partitioning`) to axes of the mesh. With
-    `host_devices`, the CPU is taken for so many devices.
+    `host_devices`, the CPU is taken for so many devices of each process. A process is
+    waited for `connect_timeout` seconds at the start; later, one that is silent for
+    `heartbeat_timeout` seconds is taken for lost.
     """
 
     axes: Mapping[str, Count] = field(default_factory=Frozen)
     strategy: Strategy = Strategy.NONE
     rules: Mapping[str, str | None] = field(default_factory=Frozen)
     host_devices: Count | None = None
+    distributed: DistributedSpec | Literal["auto"] | None = None
+    connect_timeout: Annotated[float, Bounds(1, 86400)] = 60.0
+    heartbeat_timeout: Annotated[float, Bounds(3, 86400)] = 10.0
 
 
 @dataclass(frozen=True)
@@ -729,12 +749,18 @@ def _check_mesh(spec: RunSpec) -> None:
                     got={**getattr(mesh, name)},
                     fix=f"Set mesh.strategy=jit, or mesh.{name}={{}}",
                 )
+        if mesh.distributed is not None:
+            rule, fix = "needs a strategy", "Set mesh.strategy=jit, or it to null"
+            raise ConfigError("mesh.distributed", rule, fix=fix)
         return
     called = (Strategy.JIT, Strategy.SHARD_MAP)
     if isinstance(spec.task, ProbeSpec) and mesh.strategy not in called:
         rule, got = "not for a probe", str(mesh.strategy)
         allowed = f"A probe takes {', '.join(called)}"
         raise ConfigError("mesh.strategy", rule, got=got, allowed=allowed)
+    if isinstance(spec.task, ProbeSpec) and mesh.distributed is not None:
+        rule, fix = "not for a probe", "Set mesh.distributed=null"
+        raise ConfigError("mesh.distributed", rule, fix=fix)
     if not mesh.axes:
         fix = "Set +mesh.axes.data=8"
         raise ConfigError("mesh.axes", "must name at least one axis", got={}, fix=fix)

@@ -21,8 +21,9 @@ from collections.abc import Callable, Sequence
 
 from runner.cli.secrecy import blot
 from runner.errors import RunnerError
+from runner.processes.peers import peers
 
-__all__ = ["VERBS", "main", "print_last"]
+__all__ = ["VERBS", "complain", "main", "print_last"]
 
 VERBS = ("plan", "keys", "reproduce", "resume", "diff", "report")
 
@@ -71,19 +72,22 @@ def _guarded(verb: Callable[[list[str]], int], args: list[str]) -> int:
         return verb(args)
     except RunnerError as error:
         if full:
-            _complain(traceback.format_exc().rstrip("\n"))
-        _complain(f"error: {error}")
+            complain(traceback.format_exc().rstrip("\n"))
+        peers().fail(str(error), error.exit_code)
+        complain(f"error: {error}")
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # of ours or of a model's code: all that is known
-        _complain(traceback.format_exc().rstrip("\n"))
-        _complain(f"error: {type(error).__name__}: {error}")
+        complain(traceback.format_exc().rstrip("\n"))
+        line = f"{type(error).__name__}: {error}"
+        peers().fail(line.partition("\n")[0], 1)
+        complain(f"error: {line}")
         return 1
 
 
-def _complain(text: str) -> None:
+def complain(text: str) -> None:
     """Lines on stderr; what comes from a record or a model can't steer the terminal."""
     from runner.sinks.text import clean
 

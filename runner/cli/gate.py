@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.cli.secrecy import keep_secret
 from runner.errors import ConfigError
+from runner.processes.peers import peers
 from runner.records.secrets import find_secrets
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Gate(Callback):
         Raises:
             Refused: the run can't be made.
         """
+        from runner.cli.running import share_directory
         from runner.cli.train import prepare
         from runner.records.files import claim_directory
 
@@ -60,11 +62,17 @@ class Gate(Callback):
                 override.lstrip("+").startswith("hydra.run.dir=")
                 for override in config.hydra.overrides.hydra
             )
-            directory = claim_directory(wanted, exact=named)
+            leads = peers().leads
+            directory = share_directory(
+                claim_directory(wanted, exact=named) if leads else None
+            )
         except Exception as error:
             raise Refused(error) from error
-        with read_write(config.hydra.run):
+        with read_write(config.hydra):
             config.hydra.run.dir = str(directory)
+            if not leads:  # process 0 writes the files of the run
+                config.hydra.output_subdir = None
+                config.hydra.job_logging = {"version": 1, "root": {"handlers": []}}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Takes secrets out of what Hydra writes as `multirun.yaml`.

@@ -13,6 +13,7 @@ from runner.cli.refusal import refusal_of
 from runner.cli.tables import print_table
 from runner.determinism import settle_backend
 from runner.errors import RunnerError
+from runner.processes.place import in_one_process
 from runner.sinks.text import clean
 
 if TYPE_CHECKING:
@@ -41,10 +42,11 @@ def main(args: list[str]) -> int:
     with open_dict(config):
         del config["hydra"]
     composed = read_composed(config, choices=choices)
-    settle_backend(composed.spec)
+    spec = in_one_process(composed.spec)
+    settle_backend(spec)
     from runner.compile import compile_run
 
-    program = compile_run(composed.spec)
+    program = compile_run(spec)
     document = _document(program)
     document["costs"] = None if options.no_compile else _costs(program, document)
     document["collectives"] = _collectives(program, document)

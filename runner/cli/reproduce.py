@@ -6,7 +6,7 @@ import contextlib
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from runner.cli import print_last
 from runner.cli.changes import parse_changes
@@ -15,6 +15,7 @@ from runner.cli.running import (
     keep_log,
     make_program,
     naming_trust,
+    share_directory,
     stop_on_signals,
 )
 from runner.cli.secrecy import keep_secret
@@ -22,12 +23,14 @@ from runner.cli.tables import print_table
 from runner.determinism import restore_platform
 from runner.errors import AlteredRecordError, RunFailedError
 from runner.parse import to_plain
+from runner.processes.peers import peers
 from runner.records.files import refuse_writer, write_atomically
 from runner.records.record import Record, read_record
 from runner.sinks.text import clean
 from runner.spec import CheckpointSpec, SinksSpec, TerminalSpec, WandbSpec
 
 if TYPE_CHECKING:
+    from runner.program import Compiled
     from runner.replay.verdict import Verdict
 
 __all__ = ["main"]
@@ -47,6 +50,9 @@ def main(args: list[str]) -> int:
         from runner.replay.verdict import Verdict
 
         verdict, was_stopped = Verdict.of_altered(options.run, str(error)), False
+    code = _INTERRUPTED if was_stopped else int(not verdict.is_kept)
+    peers().share(code)
+    peers().end()
     document = verdict.to_plain()
     if verdict.directory is not None:
         _write(document, Path(verdict.directory, "verdict.json"))
@@ -55,9 +61,7 @@ def main(args: list[str]) -> int:
         print()
     else:
         _print(verdict)
-    if was_stopped:
-        return _INTERRUPTED
-    return 0 if verdict.is_kept else 1
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,10 +112,13 @@ def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, b
     spec = shorten(spec, record, steps=options.steps)
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=spec.train.compile_cache)
+    if not peers().leads:
+        _follow(program)
     with contextlib.ExitStack() as stack, stop_on_signals() as stop:
 
         def claim() -> Path:
-            directory = claim_new(spec, options.out)
+            directory = share_directory(claim_new(spec, options.out))
+            assert directory is not None
             stack.enter_context(keep_log(directory))
             return directory
 
@@ -124,7 +131,23 @@ def _reproduce(record: Record, options: argparse.Namespace) -> "tuple[Verdict, b
             stop=stop,
             restored=restored,
         )
+        if verdict.directory is None:
+            share_directory(None)
         return verdict, bool(stop())
+
+
+def _follow(program: "Compiled") -> NoReturn:
+    """What another process than 0 does: it takes the steps, if there are to be any."""
+    from runner.following import follow_run
+    from runner.program import Program
+
+    assert isinstance(program, Program)  # no probe
+    directory = share_directory(None)
+    if directory is not None:
+        follow_run(program, directory=directory)
+    code = peers().share(1)
+    peers().end()
+    raise SystemExit(code)
 
 
 def _write(document: Any, path: Path) -> None:

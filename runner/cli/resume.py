@@ -12,11 +12,14 @@ from runner.cli.running import (
     keep_log,
     make_program,
     naming_trust,
+    share_directory,
     stop_on_signals,
 )
 from runner.cli.secrecy import keep_secret
 from runner.determinism import restore_platform
 from runner.errors import RecordError
+from runner.processes.peers import peers
+from runner.processes.place import find_place
 from runner.records.files import lock_directory, refuse_links
 from runner.records.record import Record, read_record
 from runner.records.secrets import Secrets
@@ -31,7 +34,10 @@ def main(args: list[str]) -> int:
     """Continues a run in its own directory, bit for bit; an archive in a new one."""
     options = _parser().parse_intermixed_args(args)
     changes = parse_changes([*options.changes, *options.set])
-    record = _lock(options.run)
+    directory = Path(options.run).expanduser()
+    if (directory / "run.json").is_file():
+        refuse_links(directory)
+    record = read_record(options.run)
     from runner.replay.changes import IN_RESUME, secrets_of, spec_of
 
     secrets = keep_secret(secrets_of(record, changes))
@@ -41,6 +47,9 @@ def main(args: list[str]) -> int:
         changes=changes,
         may_change=IN_RESUME,
     )
+    place = find_place(spec.mesh)
+    if place is None or place.index == 0:
+        _lock(record)
     if isinstance(spec.task, ProbeSpec):
         what = "a probe has nothing to go on from"
         raise RecordError(f"{options.run}: {what}. Use reproduce to run it again.")
@@ -75,15 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _lock(run: str) -> Record:
-    """Reads the record once nobody else writes it."""
-    directory = Path(run).expanduser()
-    if (directory / "run.json").is_file():
-        if not lock_directory(directory):
-            what = "another process is writing it"
-            raise RecordError(f"{run}: {what}. Wait for it, or stop it.")
-        refuse_links(directory)
-    return read_record(run)
+def _lock(record: Record) -> None:
+    """Locks a run directory, which must be as it was when it was read."""
+    directory = record.files.directory
+    if directory is None:
+        return
+    if not lock_directory(directory):
+        what = "another process is writing it"
+        raise RecordError(f"{record.name}: {what}. Wait for it, or stop it.")
+    if read_record(record.name).manifest["digest"] != record.manifest["digest"]:
+        what = "another process has just written it"
+        raise RecordError(f"{record.name}: {what}. Say it again.")
 
 
 def _let_be(record: Record) -> int:
@@ -103,16 +114,19 @@ def _resume(
     restore_platform(record.manifest["platform"])
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=compile_cache)
+    from runner.following import follow_run
     from runner.program import Program
     from runner.recording import record_run
     from runner.replay.resuming import find_resumption
 
     assert isinstance(program, Program)  # no probe
     resumption = find_resumption(record, program)
-    directory = record.files.directory
-    if directory is None:
-        directory = claim_new(spec)
-        unpack(record.files, directory)
+    directory = share_directory(_claim(record, spec) if peers().leads else None)
+    assert directory is not None
+    if not peers().leads:
+        start, saved = resumption.start, resumption.saved
+        end = follow_run(program, directory=directory, start=start, saved=saved)
+        conclude(end, directory)
     with keep_log(directory), stop_on_signals() as stop:
         recorded = record_run(
             program,
@@ -124,3 +138,11 @@ def _resume(
         )
     conclude(recorded, directory.resolve())
     return 0
+
+
+def _claim(record: Record, spec: RunSpec) -> Path:
+    if record.files.directory is not None:
+        return record.files.directory
+    directory = claim_new(spec)
+    unpack(record.files, directory)
+    return directory

@@ -6,19 +6,24 @@ import datetime
 import logging
 import re
 import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from runner.cli import print_last
+from runner.cli import complain, print_last
 from runner.cli.secrecy import BlottingFormatter
 from runner.determinism import settle_backend
-from runner.errors import RunFailedError, UntrustedTargetError
+from runner.errors import RecordError, RunFailedError, UntrustedTargetError
+from runner.processes.join import join
+from runner.processes.peers import peers
 from runner.records.files import claim_directory
 from runner.spec import RunSpec
 
 if TYPE_CHECKING:
     from runner.hazards.find import Hazard
+    from runner.loop import Outcome
     from runner.program import Compiled
     from runner.recording import Recorded
 
@@ -28,21 +33,53 @@ __all__ = [
     "keep_log",
     "make_program",
     "naming_trust",
+    "share_directory",
     "stop_on_signals",
 ]
 
 _INTERRUPTED = 130
 _STOPPED = "stopped by the user"
+_SEEN_WITHIN = 10.0  # seconds that a network file system takes to show a directory
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"  # as Hydra's job_logging/runner.yaml
 
 
-def conclude(recorded: "Recorded", directory: Path) -> None:
+def conclude(recorded: "Recorded | Outcome", directory: Path) -> None:
     """Says where the run is, and leaves with what its status asks for."""
+    peers().end()
+    if not peers().leads:
+        codes = {"interrupted": _INTERRUPTED, "failed": RunFailedError.exit_code}
+        raise SystemExit(codes.get(recorded.status, 0))
     print_last(str(directory))
     if recorded.status == "interrupted":
         raise SystemExit(_INTERRUPTED)
     if recorded.status == "failed":
         raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
+
+
+def share_directory(claimed: Path | None) -> Path | None:
+    """The run directory that process 0 has claimed, in all processes.
+
+    Args:
+        claimed: It; None in the others, and where there is none.
+
+    Raises:
+        RecordError: this process can't see it.
+    """
+    company = peers()
+    shared = company.share(str(claimed.resolve()) if claimed else None)
+    if shared is None:
+        return None
+    directory = claimed or Path(shared)
+    end = time.monotonic() + _SEEN_WITHIN
+    while not directory.is_dir():
+        if time.monotonic() > end:
+            raise RecordError(
+                f"{directory}: {socket.gethostname()} can't see it. Run directories "
+                "must be on a file system that all processes share."
+            )
+        time.sleep(_SEEN_WITHIN / 100)
+    company.begin(directory)
+    return directory
 
 
 def make_program(
@@ -60,6 +97,7 @@ def make_program(
             strict and can't be.
     """
     settle_backend(spec)
+    spec = join(spec, complain=complain)
     from runner.compile import compile_run
     from runner.guarantee import refuse_below_strict
     from runner.hazards.find import find_hazards, refuse_hazards
@@ -116,6 +154,9 @@ def stop_on_signals() -> Iterator[Callable[[], str]]:
         seen.append(number)
         signal.signal(number, before[number])
 
+    if peers().count > 1:  # the supervisors get them
+        yield peers().stop_reason
+        return
     numbers = (int(signal.SIGINT), int(signal.SIGTERM))
     before = {number: signal.getsignal(number) for number in numbers}
     for number in numbers:

@@ -23,6 +23,7 @@ from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
 from runner.cli.running import conclude, make_program, stop_on_signals
 from runner.errors import RunFailedError, RunnerError
+from runner.processes.peers import peers
 
 if TYPE_CHECKING:
     from runner.hazards.find import Hazard
@@ -107,6 +108,8 @@ def _job(config: DictConfig) -> float | None:
 def _run_job(config: DictConfig) -> float | None:
     """Trains in the directory that Hydra made for the job."""
     from runner.cli.hydra_files import write_hydra_files
+    from runner.following import follow_run
+    from runner.program import Program
     from runner.recording import record_run
     from runner.records.files import claim_directory
 
@@ -116,6 +119,9 @@ def _run_job(config: DictConfig) -> float | None:
         claim_directory(directory, exact=True, field="hydra.sweep.dir")
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
+    if not peers().leads:
+        assert isinstance(prepared.program, Program)  # no probe
+        conclude(follow_run(prepared.program, directory=directory), directory)
     write_hydra_files(directory, prepared.composed)
     with stop_on_signals() as stop:
         recorded = record_run(

@@ -23,7 +23,7 @@ from runner.records.digests import digest_file, digest_plain
 from runner.records.files import sync, write_atomically
 from runner.records.metrics import Written
 
-__all__ = ["FOLDER", "ITEM", "Checkpoints", "Saved"]
+__all__ = ["FOLDER", "ITEM", "Checkpoints", "Saved", "open_manager", "save_parts"]
 
 FOLDER = "checkpoints"
 ITEM = "default"  # as `orbax.checkpoint.CheckpointManager` calls what it saves
@@ -134,15 +134,9 @@ class Checkpoints:
                     self._manager.close()
 
     def _start(self, step: int, state: Mapping[str, Any]) -> None:
-        import orbax.checkpoint as ocp
-
         if self._manager is None:
-            for name in ("absl", "asyncio"):  # hundreds of lines on what `_told` says
-                logging.getLogger(name).setLevel(logging.CRITICAL)
-            self._manager = ocp.CheckpointManager(
-                self._directory.resolve(), options=ocp.CheckpointManagerOptions()
-            )
-        self._manager.save(step, args=ocp.args.StandardSave(dict(state)), force=True)
+            self._manager = open_manager(self._directory)
+        save_parts(self._manager, step, state)
 
     def _complete(self, saved: Saved) -> None:
         """In the background: waits for Orbax, then vouches for what it wrote."""
@@ -179,6 +173,23 @@ class Checkpoints:
         free = shutil.disk_usage(self._directory).free
         if free < need:
             raise OSError(f"{free >> 20} MiB free, {need >> 20} MiB needed")
+
+
+def open_manager(directory: Path) -> Any:
+    """Orbax's manager; where several processes save, all of them open it together."""
+    import orbax.checkpoint as ocp
+
+    for name in ("absl", "asyncio"):  # hundreds of lines on what `_told` says
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    options = ocp.CheckpointManagerOptions()
+    return ocp.CheckpointManager(directory.resolve(), options=options)
+
+
+def save_parts(manager: Any, step: int, state: Mapping[str, Any]) -> None:
+    """Begins to write what this process has of a state."""
+    import orbax.checkpoint as ocp
+
+    manager.save(step, args=ocp.args.StandardSave(dict(state)), force=True)
 
 
 def _spell(saved: Saved) -> str:

@@ -15,7 +15,13 @@ __all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "secrets_of", "spec_of"]
 
 Changes = Mapping[str, Any]
 
-_ELSEWHERE = ("data.path", "data.target_path", "train.steps_per_call")
+_PROCESSES = (
+    "mesh.distributed",
+    "mesh.host_devices",
+    "mesh.connect_timeout",
+    "mesh.heartbeat_timeout",
+)
+_ELSEWHERE = ("data.path", "data.target_path", "train.steps_per_call", *_PROCESSES)
 IN_REPRODUCE = (*_ELSEWHERE, "train.compile_cache")
 IN_RESUME = (
     *IN_REPRODUCE,
@@ -25,7 +31,7 @@ IN_RESUME = (
     "checkpoint.keep",
     "checkpoint.keep_best",
 )
-_OF_EXACT = ("mesh.axes", "mesh.host_devices")  # change no bit there
+_OF_EXACT = ("mesh.axes",)  # changes no bit there
 
 
 def spec_of(
@@ -43,7 +49,7 @@ def spec_of(
         trusted: Packages that the person at the keyboard trusts.
         changes: What that person wants otherwise, by config path.
         may_change: Paths that `changes` may name, with all that is below them; and
-            any value that the record does not hold. The devices of a mesh that is
+            any value that the record does not hold. The axes of a mesh that is
             `exact` may change, too.
         fixed: What is otherwise in any case, by config path.
 
@@ -51,6 +57,7 @@ def spec_of(
         ConfigError: the config breaks a rule, or a change is not allowed.
     """
     config: Any = copy.deepcopy(record.config)
+    _forget_place(config)
     unknown = dict(_not_held(config))
     may_change = (*may_change, *_of_mesh(config))
     _refuse_changes(config, changes or {}, unknown, may_change)
@@ -97,6 +104,14 @@ def _refuse_changes(
             allowed=f"May change: {', '.join(may_change)}",
             fix="Start a new run for that",
         )
+
+
+def _forget_place(config: Any) -> None:
+    """A record does not choose which host this one connects to."""
+    mesh = config.get("mesh")
+    distributed = mesh.get("distributed") if isinstance(mesh, dict) else None
+    if isinstance(distributed, dict):
+        distributed |= {"coordinator_address": None, "process_id": None}
 
 
 def _of_mesh(config: Any) -> tuple[str, ...]:
