@@ -122,11 +122,16 @@ class StreamKind(StrEnum):
 
 
 class Coordinate(StrEnum):
-    """A number that a stream's key may depend on."""
+    """A number that a stream's key may depend on.
+
+    `process` is of host streams, and changes no key: each process reads its own part of
+    one order, whatever their number is.
+    """
 
     STEP = "step"
     EPOCH = "epoch"
     MICROBATCH = "microbatch"
+    PROCESS = "process"
 
 
 _COORDINATES: Mapping[str, Coordinate] = {str(c): c for c in Coordinate}
@@ -519,7 +524,9 @@ def _check_streams(spec: RunSpec) -> None:
 
 def _check_names(spec: RunSpec, path: str, stream: StreamSpec) -> None:
     """What a key may differ by: a coordinate, or an axis of the mesh."""
-    axes, known = spec.mesh.axes, (*_COORDINATES, *spec.mesh.axes)
+    axes, known = spec.mesh.axes, [*_COORDINATES, *spec.mesh.axes]
+    if stream.kind is StreamKind.JAX:
+        known.remove(Coordinate.PROCESS)
     for name, rule in stream.per.items():
         if name not in known:
             raise ConfigError(
@@ -527,7 +534,9 @@ def _check_names(spec: RunSpec, path: str, stream: StreamSpec) -> None:
                 "not a choice",
                 got=name,
                 allowed=f"Choices: {', '.join(known)}",
-                fix=did_you_mean(name, known)
+                fix="Name an axis of the mesh that goes over processes"
+                if name is Coordinate.PROCESS
+                else did_you_mean(name, known)
                 or ("" if axes else "Axes are those of a mesh: set mesh=data8"),
             )
         if rule is Rule.SPLIT and name not in axes:
@@ -540,11 +549,11 @@ def _check_names(spec: RunSpec, path: str, stream: StreamSpec) -> None:
 
 
 def _check_host_stream(path: str, stream: StreamSpec) -> None:
-    other = [c for c in stream.per if c is not Coordinate.EPOCH]
-    if other:
+    known = (Coordinate.EPOCH, Coordinate.PROCESS)
+    if any(c not in known for c in stream.per):
         raise ConfigError(
             f"{path}.per",
-            "a host stream can differ by epoch alone",
+            "a host stream can differ by epoch and process alone",
             got=_plain(stream.per),
             fix=f"Set {path}.per=[epoch] or []",
         )
@@ -735,7 +744,7 @@ def _plain(values: Mapping[Any, Any]) -> dict[str, str]:
 
 
 # Coordinates, and what the ledger calls the axes of loops.
-_NO_AXES = (*_COORDINATES, "process", "condition", "scan", "vmap", "while")
+_NO_AXES = (*_COORDINATES, "condition", "scan", "vmap", "while")
 
 
 def _check_mesh(spec: RunSpec) -> None:

@@ -585,8 +585,8 @@ def test_updates_of_a_probe(make_spec: Make, tmp_path: Path) -> None:
         ),
         (
             ("mesh=shard_map8", "rng.streams.shuffle.per=[epoch,data]"),
-            "rng.streams.shuffle.per: a host stream can differ by epoch alone "
-            "(got {'epoch': 'fold_in', 'data': 'fold_in'}). "
+            "rng.streams.shuffle.per: a host stream can differ by epoch and process "
+            "alone (got {'epoch': 'fold_in', 'data': 'fold_in'}). "
             "Set rng.streams.shuffle.per=[epoch] or [].",
         ),
         (

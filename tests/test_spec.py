@@ -300,6 +300,11 @@ REFUSED = [
         "Choices: step, epoch, microbatch. Did you mean 'step'?",
     ),
     (
+        {"rng__streams__noise": {"per": ["step", "process"]}},
+        f"{NO}.per: not a choice (got 'process'). Choices: step, epoch, microbatch. "
+        "Name an axis of the mesh that goes over processes.",
+    ),
+    (
         {"rng__streams__noise": {"per": {"step": "fold"}}},
         f"{NO}.per.step: not a choice (got 'fold'). "
         "Choices: fold_in, carry, split. Did you mean 'fold_in'?",
@@ -353,7 +358,7 @@ REFUSED = [
     # host streams
     (
         {"rng__streams__noise": {"kind": "host", "per": ["epoch", "step"]}},
-        f"{NO}.per: a host stream can differ by epoch alone "
+        f"{NO}.per: a host stream can differ by epoch and process alone "
         "(got {'epoch': 'fold_in', 'step': 'fold_in'}). "
         f"Set {NO}.per=[epoch] or [].",
     ),

@@ -18,6 +18,7 @@ from runner.determinism import settle_backend
 from runner.errors import RecordError, RunFailedError, UntrustedTargetError
 from runner.processes.join import join
 from runner.processes.peers import peers
+from runner.records.closing import close_record
 from runner.records.files import claim_directory
 from runner.spec import RunSpec
 
@@ -97,7 +98,7 @@ def make_program(
             strict and can't be.
     """
     settle_backend(spec)
-    spec = join(spec, complain=complain)
+    spec = join(spec, complain=complain, close=_close_record)
     from runner.compile import compile_run
     from runner.guarantee import refuse_below_strict
     from runner.hazards.find import find_hazards, refuse_hazards
@@ -111,6 +112,13 @@ def make_program(
     refuse_hazards(hazards, allow=spec.rng.allow)
     refuse_below_strict(program)
     return program, hazards
+
+
+def _close_record(directory: Path, line: str) -> None:
+    from runner.sinks.jsonl import FILES
+
+    with contextlib.suppress(OSError):  # the line at hand is worth more
+        close_record(directory, line, files=FILES)
 
 
 def claim_new(spec: RunSpec, out: str | None = None) -> Path:

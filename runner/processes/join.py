@@ -34,7 +34,12 @@ _FAREWELL = 15.0  # seconds that processes launched here have to end
 _JAX_HEARTBEAT = 100  # seconds; the supervisors know sooner
 
 
-def join(spec: RunSpec, *, complain: Callable[[str], None]) -> RunSpec:
+def join(
+    spec: RunSpec,
+    *,
+    complain: Callable[[str], None],
+    close: Callable[[Path, str], None],
+) -> RunSpec:
     """Returns in a process of its own, which JAX has connected with the others.
 
     The one that called stays behind to watch it, and exits with its code.
@@ -42,6 +47,8 @@ def join(spec: RunSpec, *, complain: Callable[[str], None]) -> RunSpec:
     Args:
         spec: The run.
         complain: Says on stderr what went wrong, in one line.
+        close: Closes the record in a directory, where its process could not: with the
+            line.
 
     Returns:
         The spec without what differs from process to process.
@@ -70,7 +77,7 @@ def join(spec: RunSpec, *, complain: Callable[[str], None]) -> RunSpec:
     except BaseException:
         mine.close()
         raise
-    theirs = _split(company, spec, mine, complain=complain)
+    theirs = _split(company, spec, mine, complain=complain, close=close)
     words = _keep_words(place)
     enter(Connected(theirs, index=place.index, count=place.count, words=words))
     _initialize(company)
@@ -148,6 +155,7 @@ def _split(
     mine: contextlib.ExitStack,
     *,
     complain: Callable[[str], None],
+    close: Callable[[Path, str], None],
 ) -> Wire:
     """Forks: the child goes on, with a wire to the parent, which watches it."""
     ours, theirs = socket.socketpair()
@@ -159,7 +167,10 @@ def _split(
         watch = Supervisor(company, child=child, wire=Wire(ours), heartbeat=heartbeat)
         code = watch.run()
         if watch.fault is not None:
-            complain(f"error: {watch.say(watch.fault)}")
+            line = watch.say(watch.fault)
+            if watch.directory is not None and not company.place.index:
+                close(watch.directory, line)
+            complain(f"error: {line}")
         mine.close()
         _flush()
         os._exit(code)

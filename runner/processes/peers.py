@@ -131,7 +131,7 @@ class Connected(Peers):
             for number in (1, 2):
                 os.dup2(log.fileno(), number)
         self._words.unlink(missing_ok=True)
-        self._send(training=str(file))
+        self._send(training=str(directory))
 
     def end(self) -> None:
         import jax

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from runner.processes.rendezvous import Company
@@ -64,10 +65,10 @@ class Supervisor:
         self.fault: Fault | None = None
         self.ends: float | None = None  # when patience is over
         self.code: int | None = None  # of the process, when it has ended
-        self.training = self.ended = False
+        self.ended = False
+        self.directory: Path | None = None  # of the run, once it trains
         self.arrived: set[int] = set()  # of those that meet
         self.signals: list[int] = []
-        self.words = ""  # the file that its libraries write to
 
     def run(self) -> int:
         """Returns the exit code when the process and, for 0, all others have ended."""
@@ -132,7 +133,7 @@ class Supervisor:
         if "fault" in message:
             self._declare(Fault(**message["fault"]))
         elif "training" in message and index == self.index:
-            self.training, self.words = True, message["training"]
+            self.directory = Path(message["training"])
         elif "ended" in message:
             self._take_end(index)
         elif self.index == 0:
@@ -188,7 +189,8 @@ class Supervisor:
         if code >= 0:
             return f"ended with code {code}"
         name = signal.Signals(-code).name
-        where = f"; see {self.words}" if self.words else ""
+        words = self.directory and self.directory / "processes" / f"{self.index}.log"
+        where = f"; see {words}" if words else ""
         return f"was killed by {name} (code {128 - code}){where}"
 
     def _lose(self, index: int, what: str) -> None:
@@ -229,7 +231,7 @@ class Supervisor:
         self.signals.append(number)
         if self.code is not None:
             return
-        if len(self.signals) > 1 or not self.training:
+        if len(self.signals) > 1 or self.directory is None:
             os.kill(self.child, signal.SIGKILL)
             return
         name = signal.Signals(number).name
