@@ -280,6 +280,14 @@ def test_other_configs_are_refused_by_both(start: Any, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_no_sweep_of_several_processes(runner: Run) -> None:
+    done = runner("-m", *TWO, "seed=1,2", "hydra.sweep.dir=sweep")
+    assert done.returncode == 1
+    assert "mesh.distributed: not in a sweep, whose jobs share this process" in (
+        done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

@@ -4,12 +4,16 @@
 All of it without JAX: threads of this process stand for the others.
 """
 
+import json
 import os
 import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import sha256
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +26,9 @@ from runner.processes.place import Place, find_place, in_one_process
 from runner.processes.rendezvous import Company, listen, meet
 from runner.processes.supervisor import Supervisor
 from runner.processes.wire import MOST_BYTES, Wire, WireError
+from runner.records.closing import close_record
+from runner.records.digests import digest_manifest
+from runner.replay.changes import IN_REPRODUCE, spec_of
 from runner.spec import DistributedSpec, MeshSpec
 
 FACTS = {
@@ -542,3 +549,48 @@ def test_a_value_is_that_of_process_0(
     assert not left.is_set()
     hub.close()
     assert left.wait(10)  # none stays without a supervisor
+
+
+# --- the record of a process that is gone
+
+
+FILES = {"metrics": "metrics.jsonl", "states": "states.jsonl"}
+
+
+def test_a_record_is_closed_for_a_process_that_is_gone(tmp_path: Path) -> None:
+    manifest = {"status": "running", "reason": "", "steps": 0, "digests": {}}
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
+    rows = [{"phase": "train", "step": step} for step in range(3)]
+    rows.append({"phase": "eval", "step": 3})
+    whole = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "metrics.jsonl").write_text(whole + '{"phase": "tr')
+    close_record(tmp_path, "process 1 was lost", files=FILES)
+    closed = json.loads((tmp_path / "run.json").read_text())
+    assert (closed["status"], closed["reason"]) == ("failed", "process 1 was lost")
+    assert closed["steps"] == 3
+    assert (tmp_path / "metrics.jsonl").read_text() == whole
+    digest = sha256(whole.encode()).hexdigest()
+    assert closed["digests"] == {"metrics": digest}
+    assert closed["digest"] == digest_manifest(closed)
+
+    close_record(tmp_path, "again", files=FILES)  # it has ended
+    assert json.loads((tmp_path / "run.json").read_text()) == closed
+    close_record(tmp_path / "nowhere", "no run yet", files=FILES)
+
+
+def test_a_record_does_not_choose_whom_this_process_connects_to(
+    compose_config: Make,
+) -> None:
+    config = compose_config("+experiment=mesh/hosts2x4")
+    address = "evil.invalid:1"
+    there = {"num_processes": 2, "coordinator_address": address, "process_id": 1}
+    config["mesh"]["distributed"] = there
+    record: Any = SimpleNamespace(config=config)
+    asked = spec_of(record).mesh.distributed
+    assert asked == DistributedSpec(num_processes=2)
+    mine = {
+        "mesh.distributed.coordinator_address": "mine:1",
+        "mesh.distributed.process_id": 0,
+    }
+    asked = spec_of(record, changes=mine, may_change=IN_REPRODUCE).mesh.distributed
+    assert asked == DistributedSpec(2, "mine:1", 0)

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
@@ -22,7 +22,7 @@ from runner.cli.config import HYDRA_VERSION_BASE, Composed, read_composed
 from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
 from runner.cli.running import conclude, make_program, stop_on_signals
-from runner.errors import RunFailedError, RunnerError
+from runner.errors import ConfigError, RunFailedError, RunnerError
 from runner.processes.peers import peers
 
 if TYPE_CHECKING:
@@ -116,6 +116,7 @@ def _run_job(config: DictConfig) -> float | None:
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
     if Gate.prepared is None:  # a sweep's job: Hydra made the directory
+        _refuse_processes(config)
         claim_directory(directory, exact=True, field="hydra.sweep.dir")
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
@@ -134,6 +135,15 @@ def _run_job(config: DictConfig) -> float | None:
         )
     conclude(recorded, directory)
     return recorded.objective
+
+
+def _refuse_processes(config: DictConfig) -> None:
+    if OmegaConf.select(config, "mesh.distributed") is not None:
+        raise ConfigError(
+            "mesh.distributed",
+            "not in a sweep, whose jobs share this process",
+            fix="Launch each job as a run, or set it to null",
+        )
 
 
 def _sweep(job: Any) -> dict[str, Any] | None:
