@@ -111,6 +111,8 @@ def _in_program(program: Compiled) -> Iterator[Guarantee]:
         yield _of_exact(program.spec)
     elif program.spec.mesh.strategy is not Strategy.NONE:
         axes = " x ".join(f"{n} {axis}" for axis, n in program.spec.mesh.axes.items())
+        count = jax.process_count()
+        axes += f" in {count} processes" if count > 1 else ""
         why = f"on the same mesh ({axes}): another adds in another order"
         yield Guarantee(Level.BIT_EXACT, (why,))
     if program.spec.rng.impl is not Impl.THREEFRY2X32:

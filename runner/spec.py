@@ -532,7 +532,7 @@ def _check_names(spec: RunSpec, path: str, stream: StreamSpec) -> None:
             raise ConfigError(
                 path,
                 "not a choice",
-                got=name,
+                got=str(name),
                 allowed=f"Choices: {', '.join(known)}",
                 fix="Name an axis of the mesh that goes over processes"
                 if name is Coordinate.PROCESS

@@ -16,7 +16,7 @@ class Cause(StrEnum):
 
     GENERATOR = "another generator"
     PLATFORM = "another platform"
-    MESH = "another number of devices"
+    MESH = "another number of devices or processes"
     FLAG = "another flag"
     POOL = "another thread pool"
     VERSION = "another version"
