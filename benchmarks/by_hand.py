@@ -36,6 +36,7 @@ __all__ = [
     "leaf_bytes",
     "make_chunks",
     "make_sharded",
+    "make_shards",
     "make_steps",
     "make_tutorial",
 ]
@@ -202,6 +203,37 @@ def make_sharded(problem: Problem, mesh: Mesh) -> Loop:
     return _timing(problem, run, layout=everywhere)
 
 
+def make_shards(problem: Problem, mesh: Mesh) -> Loop:
+    """The same scan in a program for each device of a mesh, under `shard_map`.
+
+    Each takes its part of the rows, draws from the step's key folded with its number,
+    and averages what it found over all; the same work.
+    """
+    (axis,), same = mesh.axis_names, PartitionSpec()
+    step = _make_same(problem, axis=axis)
+    size = min(_SCAN, problem.steps)
+    assert problem.steps % size == 0, "the last scan would be compiled of its own"
+
+    def shard(state: State, inputs: Inputs) -> Any:
+        rows = jax.lax.dynamic_slice_in_dim(inputs.rows, state.step, size)
+        return jax.lax.scan(lambda s, at: step(s, at, inputs), state, rows)
+
+    takes = Inputs(*[same] * 6)._replace(rows=PartitionSpec(None, axis))
+    spread: Any = jax.shard_map(
+        shard, mesh=mesh, in_specs=(same, takes), out_specs=same, check_vma=False
+    )
+    call = jax.jit(spread, donate_argnums=0)
+
+    def run(state: State, inputs: Inputs) -> tuple[State, Any]:
+        metrics = []
+        for _ in range(problem.steps // size):
+            state, new = call(state, inputs)
+            metrics.append(new)
+        return state, metrics
+
+    return _timing(problem, run, layout=NamedSharding(mesh, same))
+
+
 def make_tutorial(problem: Problem) -> Loop:
     """As tutorials have it: a batch from NumPy and `float(loss)` in every step."""
     model = problem.make_model(problem.rate)
@@ -277,7 +309,10 @@ def _make_step(problem: Problem, work: str) -> Step:
 
 
 def _make_same(
-    problem: Problem, *, place: Callable[[Any], Any] = lambda rows: rows
+    problem: Problem,
+    *,
+    place: Callable[[Any], Any] = lambda rows: rows,
+    axis: str | None = None,
 ) -> Step:
     smoothing = jnp.asarray(0.0)
 
@@ -295,9 +330,13 @@ def _make_same(
         x, y = jnp.take(inputs.x, rows, axis=0), jnp.take(inputs.y, rows, axis=0)
         x, y = place((x, y))
         key = jax.random.fold_in(inputs.key, state.step)
+        if axis is not None:
+            key = jax.random.fold_in(key, jax.lax.axis_index(axis))
         grads, metrics = jax.grad(loss_fn, has_aux=True)(
             state.params, x, y, key, inputs.rate
         )
+        if axis is not None:
+            grads, metrics = jax.lax.pmean((grads, metrics), axis)
         tx = optax.adam(inputs.learning_rate)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .dropout import Dropout
+from .named import name_axes
 
 __all__ = ["CNN"]
 
@@ -22,7 +23,8 @@ class CNN(nn.Module):
 
     Convolutions are 3 x 3 and keep the size, pooling is 2 x 2 and halves it. The
     default is the network of Flax's MNIST example, plus dropout. Modules are called
-    `Conv_<i>`, `Dense_<i>` and `Dropout_<i>`.
+    `Conv_<i>`, `Dense_<i>` and `Dropout_<i>`. The logical axes of h are named `batch`,
+    `height`, `width` and `channels`, and in dense layers `batch` and `mlp`.
 
     Attributes:
         num_outputs: Width of the output.
@@ -32,6 +34,8 @@ class CNN(nn.Module):
         activation: Nonlinearity after each convolution and hidden layer.
         kernel_init: Initializer of the kernels.
         bias_init: Initializer of the biases.
+        conv_kernel_init: Initializer of the kernels of convolutions, which may name
+            four axes; None is `kernel_init`.
         dtype: Dtype to compute in; None infers it from inputs and parameters.
     """
 
@@ -42,6 +46,7 @@ class CNN(nn.Module):
     activation: Callable[[Array], Array] = nn.relu
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
+    conv_kernel_init: Initializer | None = None
     dtype: Dtype | None = None
 
     @nn.compact
@@ -72,11 +77,12 @@ class CNN(nn.Module):
             x = x[..., None]
         for channels in self.channels:
             x = self.activation(self._conv(channels)(x))
-            x = _avg_pool(x)
+            x = name_axes(_avg_pool(x), "batch", "height", "width", "channels")
         x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
         for features in self.features:
             x = self.activation(self._dense(features)(x))
             x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
+            x = name_axes(x, "batch", "mlp")
         return self._dense(self.num_outputs)(x)
 
     def _conv(self, channels: int) -> nn.Conv:
@@ -84,7 +90,7 @@ class CNN(nn.Module):
             channels,
             kernel_size=(3, 3),
             dtype=self.dtype,
-            kernel_init=self.kernel_init,
+            kernel_init=self.conv_kernel_init or self.kernel_init,
             bias_init=self.bias_init,
         )
 

@@ -9,6 +9,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from .dropout import Dropout
+from .named import name_axes
 
 __all__ = ["MLP"]
 
@@ -18,7 +19,8 @@ class MLP(nn.Module):
 
     h = flatten(x);  h = dropout(activation(dense(h))) per width;  y = dense(h)
 
-    Modules are called `Dense_<i>` and `Dropout_<i>`.
+    Modules are called `Dense_<i>` and `Dropout_<i>`. The logical axes of h are named
+    `batch` and `mlp`.
 
     Attributes:
         features: Widths of the hidden layers; none gives a linear model.
@@ -55,6 +57,7 @@ class MLP(nn.Module):
         for features in self.features:
             x = self.activation(self._dense(features)(x))
             x = Dropout(self.dropout_rate)(x, deterministic=deterministic)
+            x = name_axes(x, "batch", "mlp")
         return self._dense(self.num_outputs)(x)
 
     def _dense(self, features: int) -> nn.Dense:

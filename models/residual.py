@@ -8,6 +8,7 @@ from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from .dropout import Dropout
+from .named import name_axes
 
 __all__ = ["ResidualMLPBlock"]
 
@@ -18,7 +19,8 @@ class ResidualMLPBlock(nn.Module):
     y = x + dropout(activation(dense(x)))
 
     `ResidualMLPBlock` of the Flax guides on lifted transforms, plus dropout. Its
-    modules are called `Dense_0` and `Dropout_0`.
+    modules are called `Dense_0` and `Dropout_0`. The first axis of the branch is named
+    `batch`, the last one `mlp`, where it has both.
 
     Attributes:
         features: Width; None is the input's, the only one that can be added.
@@ -64,5 +66,7 @@ class ResidualMLPBlock(nn.Module):
             kernel_init=self.kernel_init,
             bias_init=self.bias_init,
         )(x)
-        h = self.activation(h)
-        return x + Dropout(self.dropout_rate)(h, deterministic=deterministic)
+        h = Dropout(self.dropout_rate)(self.activation(h), deterministic=deterministic)
+        if h.ndim > 1:
+            h = name_axes(h, "batch", *[None] * (h.ndim - 2), "mlp")
+        return x + h

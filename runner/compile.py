@@ -45,7 +45,7 @@ def compile_run(spec: RunSpec) -> Program | Probe:
         return _compile_probe(spec, spec.task, plan)
     layout = make_layout(spec)
     data, order = _load(spec, plan)
-    model = Model.of(spec)
+    model = Model.of(spec, layout)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
     with trace_flags(spec):
         keys = jax.eval_shape(lambda s: derive_base_keys(plan, seeds=s), seeds)
@@ -83,7 +83,8 @@ def compile_run(spec: RunSpec) -> Program | Probe:
 
 
 def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
-    model, arrays, layout = Model.of(spec), make_arrays(task, plan), make_layout(spec)
+    layout = make_layout(spec)
+    model, arrays = Model.of(spec, layout), make_arrays(task, plan)
     _check_rows(task, arrays, layout)
     constants = find_hypers(spec)
     if task.loss is None:  # nothing is updated

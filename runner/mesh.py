@@ -9,27 +9,27 @@ Under `strategy: shard_map` it is written for one of them: each device has the w
 state and its part of the rows, draws for these alone, and says what it found to others.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen import logical_axis_rules, spmd
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError
 from runner.spec import MeshSpec, NoDataSpec, RunSpec, Strategy
 
 __all__ = [
     "BATCH",
     "ONE_DEVICE",
     "Layout",
-    "check_rules",
     "make_layout",
-    "shard_bytes",
 ]
 
 BATCH = "batch"  # the logical name of the rows of a batch
@@ -214,12 +214,27 @@ class Layout:
             return tree
         return jax.lax.psum(tree, self.row_axes)
 
+    @contextlib.contextmanager
+    def naming(self) -> Iterator[None]:
+        """Has `nn.with_logical_constraint` mean what the rules say, under `jit`.
+
+        Elsewhere an array within the program is one device's, and lies there.
+        """
+        if self.mesh is None or self.strategy is not Strategy.JIT:
+            yield
+            return
+        mesh = jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh)
+        with logical_axis_rules(self.rules), mesh:
+            yield
+
     def spec_of(self, names: P | None) -> P:
-        """The mesh axes of an array with logical names; of one without, none."""
+        """The mesh axes of an array with logical names; of one without, none.
+
+        As in Flax, the first of the rules that want an axis of the mesh has it.
+        """
         if self.mesh is None or names is None:
             return P()
-        rules: Any = dict(self.rules)
-        return P(*(rules.get(name) for name in names))
+        return spmd.logical_to_mesh_axes(tuple(names), self.rules) or P()
 
     def _axes_of(self, name: str) -> str | tuple[str, ...] | None:
         return dict(self.rules).get(name)
@@ -278,30 +293,6 @@ def _check_exact(spec: RunSpec, layout: Layout) -> None:
             got=number,
             fix=f"Set train.accumulation_steps={-(-number // devices) * devices}",
         )
-
-
-def check_rules(layout: Layout, names: Iterable[P]) -> None:
-    """Refuses a rule for a logical axis that no array has.
-
-    Args:
-        layout: The layout.
-        names: Logical names of the axes of each array.
-    """
-    known = {BATCH, *(n for spec in names for n in spec if n is not None)}
-    for name, _ in layout.rules:
-        if name not in known:
-            raise ConfigError(
-                f"mesh.rules.{name}",
-                "no array has this logical axis",
-                got=name,
-                allowed=f"Logical axes: {', '.join(sorted(known))}",
-                fix=did_you_mean(name, known),
-            )
-
-
-def shard_bytes(shape: tuple[int, ...], itemsize: int, sharding: Any) -> int:
-    """Bytes that one device holds of an array."""
-    return int(math.prod(sharding.shard_shape(shape))) * itemsize
 
 
 def _next_multiple(spec: RunSpec, layout: Layout) -> int:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the declared model is called, and what it draws when it is."""
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from runner.build import build_module
 from runner.errors import ConfigError, RunnerError
 from runner.hypers import insert_hypers
 from runner.keys import KeyPlan, key_shape
+from runner.mesh import ONE_DEVICE, Layout
 from runner.parse import Node
 from runner.spec import Phase, RunSpec, StreamKind
 from runner.targets import NEEDS_VALUE, first_line
@@ -36,16 +38,18 @@ class Model:
         node: Its config.
         trusted: Packages whose code may run.
         dtype: Type in which it computes; parameters and outputs are float32.
+        layout: What logical names of its activations mean in training.
     """
 
     node: Node
     trusted: tuple[str, ...]
     dtype: str = "float32"
+    layout: Layout = ONE_DEVICE
 
     @classmethod
-    def of(cls, spec: RunSpec) -> "Model":
+    def of(cls, spec: RunSpec, layout: Layout = ONE_DEVICE) -> "Model":
         """The model of a run."""
-        return cls(spec.model, spec.trusted, spec.train.compute_dtype)
+        return cls(spec.model, spec.trusted, spec.train.compute_dtype, layout)
 
     def build(self, hypers: Mapping[str, Any]) -> nn.Module:
         """The module, with hypers (which may be traced) in their places."""
@@ -82,13 +86,14 @@ class Model:
         variables = {"params": _cast(params, self.dtype), **collections}
         x = _cast(x, self.dtype)
         mutable = list(collections) if train else []
-        outputs, after = module.apply(
-            variables,
-            *_as_args(x),
-            **_flags(module, train=train),
-            rngs=dict(rngs),
-            mutable=mutable,
-        )
+        with self.layout.naming() if train else contextlib.nullcontext():
+            outputs, after = module.apply(
+                variables,
+                *_as_args(x),
+                **_flags(module, train=train),
+                rngs=dict(rngs),
+                mutable=mutable,
+            )
         after = _cast_like(flax.core.unfreeze(after), collections)
         return _cast(outputs, "float32"), {**collections, **after}
 

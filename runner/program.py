@@ -34,8 +34,14 @@ from runner.keys import (
     make_rngs,
     rng_flags,
 )
-from runner.mesh import BATCH, ONE_DEVICE, Layout, check_rules
+from runner.mesh import BATCH, ONE_DEVICE, Layout
 from runner.model import Model, split_variables
+from runner.named import (
+    Activation,
+    check_parameters,
+    check_rules,
+    find_activations,
+)
 from runner.observe.observe import Observation, observe
 from runner.spec import Coordinate, Phase, RunSpec, Strategy
 from runner.step import Batch, Parts, State, make_eval_step, make_step
@@ -51,6 +57,7 @@ __all__ = [
     "make_parts",
     "make_setup",
     "make_start",
+    "name_leaves",
     "rows_of_call",
     "spread_step",
 ]
@@ -333,6 +340,34 @@ class Program:
         return first._replace(step=at, carried=carried, **on_device)
 
     @cached_property
+    def names(self) -> Any:
+        """Logical names of the axes of each variable, a tree of `PartitionSpec`s."""
+        with trace_flags(self.spec):
+            named = jax.eval_shape(
+                lambda base, hypers: self.model.init_named(
+                    base,
+                    jnp.zeros(self.microbatch.shape, self.microbatch.dtype),
+                    hypers,
+                ),
+                self.keys,
+                hyper_shapes(self.hypers),
+            )
+        return nn.get_partition_spec(named)
+
+    @cached_property
+    def activations(self) -> tuple[Activation, ...]:
+        """What the model names within a call in training; none but under `jit`."""
+        state, trace = self.initial, self.traces[Phase.TRAIN]
+        is_named = self.layout.strategy is Strategy.JIT
+        if not is_named or any(not m.substituted for m in trace.missing):
+            return ()  # a call that misses a stream can't be traced: a hazard says so
+        variables = {"params": state.params, **state.collections}
+        rngs = {name: self.keys[name] for name in trace.streams}
+        args = (variables, self.microbatch, rngs, hyper_shapes(self.hypers))
+        with trace_flags(self.spec):
+            return find_activations(partial(self.model.apply, train=True), *args)
+
+    @cached_property
     def shardings(self) -> Any:
         """How each array of the state lies on the mesh; None without one."""
         return lay_out(self)
@@ -494,17 +529,8 @@ def lay_out(program: Program) -> Any:
     layout = program.layout
     if layout.mesh is None:
         return None
-    x = program.microbatch
-    with trace_flags(program.spec):
-        named = jax.eval_shape(
-            lambda base, hypers: program.model.init_named(
-                base, jnp.zeros(x.shape, x.dtype), hypers
-            ),
-            program.keys,
-            hyper_shapes(program.hypers),
-        )
-    specs = nn.get_partition_spec(named)
-    check_rules(layout, jax.tree.leaves(specs, is_leaf=_is_spec))
+    specs = program.names
+    _check_names(program)
     params, collections = split_variables(
         jax.tree.map(
             lambda names: layout.of(layout.spec_of(names)), specs, is_leaf=_is_spec
@@ -527,6 +553,21 @@ def lay_out(program: Program) -> Any:
         carried=dict.fromkeys(program.initial.carried, everywhere),
         failed=everywhere,
     )
+
+
+def _check_names(program: Program) -> None:
+    state, layout = program.initial, program.layout
+    names = name_leaves(program.names, is_leaf=_is_spec)
+    check_rules(layout, [*names.values(), *(a.names for a in program.activations)])
+    shapes = name_leaves({"params": state.params, **state.collections})
+    check_parameters(layout, names, {path: s.shape for path, s in shapes.items()})
+
+
+def name_leaves(tree: Any, **options: Any) -> dict[str, Any]:
+    """The leaves of a tree by their paths, `params/Dense_0/kernel`."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, **options)
+    spell = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {spell(path): leaf for path, leaf in leaves}
 
 
 def _as_it_is(batch: Batch) -> Batch:

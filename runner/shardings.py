@@ -4,14 +4,15 @@
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from runner.mesh import shard_bytes
-from runner.program import Program
+from runner.mesh import BATCH
+from runner.program import Program, name_leaves
 
 __all__ = ["draw_shardings", "list_collectives", "list_shardings"]
 
@@ -21,34 +22,36 @@ _TYPE = re.compile(r"\b([a-z]+\d+\w*|pred)\[([\d,]*)\]")
 _BITS = re.compile(r"\d+")
 _MOST_DRAWN = 16  # devices; a picture of more is wider than a terminal
 _WIDTH = 88
+_DRAWN = ("batch", "activations", "params")
 
 
 def list_shardings(program: Program) -> list[dict[str, Any]]:
-    """A row for each array of the state and of a batch: its axes, bytes per device.
+    """A row for each array of a batch, a call and the state: axes, bytes per device.
 
+    An activation is one of a call in training; one in a scan is that of one turn.
     None without a mesh.
     """
-    return [_row(*each) for each in _placed(program)]
+    mesh = program.layout.mesh
+    return [_row(each, mesh) for each in _placed(program)] if mesh else []
 
 
 def draw_shardings(program: Program) -> None:
     """Prints JAX's picture of the batch, and of each layout that arrays have.
 
-    Parameters alone are drawn, of one or two dimensions; the squares are of one size,
-    whatever the arrays'. None on more than 16 devices.
+    Drawn are activations and parameters of one or two dimensions, or cut along these
+    alone; the squares are of one size, whatever the arrays'. None on more than 16
+    devices.
     """
     mesh = program.layout.mesh
     if mesh is None or mesh.size > _MOST_DRAWN:
         return
     drawn: dict[Any, list[str]] = {}
-    for path, leaf, sharding in _placed(program):
-        is_batch = path.startswith("batch/")
-        if is_batch or (path.startswith("params/") and leaf.ndim in (1, 2)):
-            spec = sharding.spec[: leaf.ndim]
-            cut = tuple([*spec, *[None] * (leaf.ndim - len(spec))][:2])
-            is_cut = any(axes is not None for axes in cut)
-            key = is_batch, cut if is_cut else (None,)
-            drawn.setdefault(key, []).append(path)
+    for placed in _placed(program):
+        kind, spec = placed.path.partition("/")[0], placed.spec
+        has_more = any(axes is not None for axes in spec[2:])
+        if kind in _DRAWN and placed.shape and not has_more:
+            cut = spec[:2] if any(axes is not None for axes in spec) else (None,)
+            drawn.setdefault((kind, cut), []).append(placed.path)
     for (_, cut), (first, *more) in drawn.items():
         others = f" and {len(more):,} more" if more else ""
         print(f"\n{first}{others}")
@@ -62,35 +65,63 @@ def draw_shardings(program: Program) -> None:
         )
 
 
-def _placed(program: Program) -> list[tuple[str, Any, Any]]:
-    """(path, shape and dtype, sharding) of the inputs and of the state's arrays."""
-    layout = program.layout
-    if layout.mesh is None:
+@dataclass(frozen=True)
+class _Placed:
+    """An array on a mesh; `names` are None where it can have none."""
+
+    path: str
+    names: tuple[str | None, ...] | None
+    shape: tuple[int, ...]
+    dtype: Any
+    spec: tuple[str | tuple[str, ...] | None, ...]
+
+
+def _placed(program: Program) -> list[_Placed]:
+    """The rows of a batch, the activations, and the arrays of the state."""
+    if program.layout.mesh is None:
         return []
-    state = program.initial._asdict(), program.shardings._asdict()
-    trees = [{k: s[k] for k in ("params", "collections", "opt_state")} for s in state]
-    leaves = jax.tree_util.tree_leaves_with_path(trees[0])
-    found = [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf, sharding)
-        for (path, leaf), sharding in zip(
-            leaves, jax.tree.leaves(trees[1]), strict=True
-        )
+    x = program.data.x_train
+    shape, rows = (program.order.batch_size, *x.shape[1:]), program.layout.rows
+    batch = _Placed("batch/x", (BATCH,), shape, x.dtype, _whole(rows, shape))
+    named = [
+        _Placed(f"activations/{a.path}", a.names, a.shape, a.dtype, tuple(a.spec))
+        for a in program.activations
     ]
-    data = program.data
-    rows = (program.order.batch_size, *data.x_train.shape[1:])
-    batch = jax.ShapeDtypeStruct(rows, data.x_train.dtype)
-    return [("batch/x", batch, layout.rows), *found]
+    return [batch, *named, *_placed_state(program)]
 
 
-def _row(path: str, leaf: Any, sharding: Any) -> dict[str, Any]:
-    spec = [*sharding.spec, *[None] * (leaf.ndim - len(sharding.spec))]
+def _placed_state(program: Program) -> Iterator[_Placed]:
+    names = name_leaves(program.names)
+    laid = name_leaves(program.shardings._asdict())
+    for kind in ("params", "collections", "opt_state"):
+        tree = {kind: getattr(program.initial, kind)}
+        for path, leaf in name_leaves(tree).items():
+            given = names.get(path.removeprefix("collections/"))
+            axes = None if given is None else tuple(given)
+            spec = _whole(laid[path], leaf.shape)
+            yield _Placed(path, axes, leaf.shape, leaf.dtype, spec)
+
+
+def _whole(sharding: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
+    """Axes of the mesh for each axis of an array, None for one that is not cut."""
+    return (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+
+
+def _row(placed: _Placed, mesh: Mesh) -> dict[str, Any]:
+    names, shard = None, []
+    if placed.names is not None:
+        names = [*placed.names, *[None] * (len(placed.shape) - len(placed.names))]
+    for size, cut in zip(placed.shape, placed.spec, strict=True):
+        along = (cut,) if isinstance(cut, str) else cut or ()
+        shard.append(-(-size // math.prod(mesh.shape[axis] for axis in along)))
     return {
-        "path": path,
-        "shape": list(leaf.shape),
-        "dtype": str(leaf.dtype),
-        "spec": [list(axis) if isinstance(axis, tuple) else axis for axis in spec],
-        "shard": list(sharding.shard_shape(leaf.shape)),
-        "bytes": shard_bytes(leaf.shape, np.dtype(leaf.dtype).itemsize, sharding),
+        "path": placed.path,
+        "names": names,
+        "shape": list(placed.shape),
+        "dtype": str(placed.dtype),
+        "spec": [list(c) if isinstance(c, tuple) else c for c in placed.spec],
+        "shard": shard,
+        "bytes": math.prod(shard) * np.dtype(placed.dtype).itemsize,
     }
 
 

@@ -49,7 +49,7 @@ SMALL = ("+experiment=dropout", "model.features=[32]", "data.batch_size=64")
 DRY = ("model.dropout_rate=0", f"{STREAM}=[step,data,microbatch]")
 # Greatest difference, relative to the loss, of one device and several: sums of
 # float32 in another order. docs/mesh.md has it, too.
-ROUNDING = 1e-4
+ROUNDING = 1e-6
 
 pytestmark = [pytest.mark.promotes, pytest.mark.xdist_group("shard_map")]
 

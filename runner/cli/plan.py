@@ -213,9 +213,12 @@ def _print_mesh(document: dict[str, Any]) -> None:
     axes = " x ".join(f"{n} {name}" for name, n in document["mesh"].items())
     print(f"mesh: {axes}")
     print_table(
-        ("array", "axes", "shape", "on a device", "bytes there"),
+        ("array", "names", "axes", "shape", "on a device", "bytes there"),
         [
-            (row["path"], _axes(row), row["shape"], row["shard"], f"{row['bytes']:,}")
+            (
+                *(row["path"], _names(row), _axes(row), row["shape"], row["shard"]),
+                f"{row['bytes']:,}",
+            )
             for row in document["shardings"]
         ],
     )
@@ -236,6 +239,11 @@ def _draw(program: "Compiled") -> None:
 
     if isinstance(program, Program):
         draw_shardings(program)
+
+
+def _names(row: dict[str, Any]) -> str:
+    names = row["names"] or []
+    return ", ".join(name or "-" for name in names) if any(names) else ""
 
 
 def _axes(row: dict[str, Any]) -> str:
