@@ -8,6 +8,8 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +33,7 @@ from runner.records.digests import digest_manifest
 from runner.replay.changes import IN_REPRODUCE, spec_of
 from runner.spec import DistributedSpec, MeshSpec
 
+ROOT = Path(__file__).parents[1]
 FACTS = {
     "config": {"train.steps": "a", "seed": "b"},
     "versions": {"jax": "1"},
@@ -403,18 +406,27 @@ def test_alone_nothing_is_waited_for() -> None:
     ALONE.fail("no one hears it", 1)
 
 
-def supervise(child: Callable[[Wire], int], others: dict[int, Wire]) -> Supervisor:
-    """A supervisor of process 0 of 2 whose process runs `child`."""
+CHILD = """
+import os, signal, socket, sys
+from runner.processes.wire import Wire
+wire = Wire(socket.socket(fileno=int(sys.argv[1])))
+"""
+WAITS = """
+while "fault" not in (message := wire.receive(30)):
+    wire.send(beat=1)
+sys.exit(message["fault"]["code"])
+"""
+
+
+def supervise(does: str, others: dict[int, Wire]) -> Supervisor:
+    """A supervisor of process 0 of 2, which does that."""
     ours, theirs = socket.socketpair()
-    pid = os.fork()
-    if not pid:
-        ours.close()
-        code = 99
-        try:
-            code = child(Wire(theirs))
-        finally:
-            os._exit(code)
-    theirs.close()
+    with theirs:
+        fd = theirs.fileno()
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD + does, str(fd)], pass_fds=[fd], cwd=ROOT
+        )
+    child.returncode = 0  # it is the supervisor who waits for it
     company = Company(
         place=Place("here", 1, 2, 0),
         names=("process 0 of 2 (a)", "process 1 of 2 (b)"),
@@ -422,13 +434,7 @@ def supervise(child: Callable[[Wire], int], others: dict[int, Wire]) -> Supervis
         devices=None,
         thread_pool=1,
     )
-    return Supervisor(company, child=pid, wire=Wire(ours), heartbeat=1.0)
-
-
-def wait_for_word(wire: Wire) -> int:
-    while "fault" not in (message := wire.receive(30)):
-        wire.send(beat=1)
-    return int(message["fault"]["code"])
+    return Supervisor(company, child=child.pid, wire=Wire(ours), heartbeat=1.0)
 
 
 def listen_to(wire: Wire, *, say: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
@@ -444,43 +450,40 @@ def listen_to(wire: Wire, *, say: tuple[dict[str, Any], ...] = ()) -> dict[str, 
 
 @pytest.mark.usefixtures("quiet_signals")
 @pytest.mark.parametrize(
-    ("child", "said", "code"),
+    ("does", "said", "code"),
     [
         (
-            lambda wire: os.kill(os.getpid(), signal.SIGKILL) or 0,
+            "os.kill(os.getpid(), signal.SIGKILL)",
             "process 0 of 2 (a) was killed by SIGKILL (code 137)",
             1,
         ),
-        (lambda wire: os.abort(), "was killed by SIGABRT (code 134)", 1),
         (
-            lambda wire: os.kill(os.getpid(), signal.SIGSEGV) or 0,
-            "was killed by SIGSEGV (code 139)",
+            "os.kill(os.getpid(), signal.SIGABRT)",
+            "process 0 of 2 (a) was killed by SIGABRT (code 134)",
             1,
         ),
-        (lambda wire: 3, "process 0 of 2 (a) ended with code 3", 1),
         (
-            lambda wire: (
-                wire.send(
-                    fault={"process": 0, "line": "x: y", "code": 2, "is_said": True}
-                )
-                or 2
-            ),
+            "os.kill(os.getpid(), signal.SIGSEGV)",
+            "process 0 of 2 (a) was killed by SIGSEGV (code 139)",
+            1,
+        ),
+        ("sys.exit(3)", "process 0 of 2 (a) ended with code 3", 1),
+        (
+            "wire.send(fault=dict(process=0, line='x: y', code=2, is_said=True))",
             "x: y",
             2,
         ),
     ],
     ids=["killed", "aborted", "segfault", "left", "said so"],
 )
-def test_what_becomes_of_a_process_is_told(
-    child: Callable[[Wire], int], said: str, code: int
-) -> None:
+def test_what_becomes_of_a_process_is_told(does: str, said: str, code: int) -> None:
     mine, theirs = pair()
     with ThreadPoolExecutor(1) as pool:
         heard = pool.submit(listen_to, theirs)
-        supervisor = supervise(child, {1: mine})
+        supervisor = supervise(does, {1: mine})
         assert supervisor.run() == code
         assert supervisor.fault is not None
-        assert said in supervisor.say(supervisor.fault)
+        assert supervisor.say(supervisor.fault) == said
         assert heard.result()["fault"]["process"] == 0
 
 
@@ -488,7 +491,7 @@ def test_what_becomes_of_a_process_is_told(
 def test_a_process_that_is_lost_ends_the_others() -> None:
     mine, theirs = pair()
     theirs.close()
-    supervisor = supervise(wait_for_word, {1: mine})
+    supervisor = supervise(WAITS, {1: mine})
     assert supervisor.run() == 1
     assert supervisor.fault is not None
     assert supervisor.say(supervisor.fault).startswith(
@@ -499,7 +502,7 @@ def test_a_process_that_is_lost_ends_the_others() -> None:
 @pytest.mark.usefixtures("quiet_signals")
 def test_a_process_that_is_silent_is_lost() -> None:
     mine, theirs = pair()
-    supervisor = supervise(wait_for_word, {1: mine})
+    supervisor = supervise(WAITS, {1: mine})
     assert supervisor.run() == 1
     assert supervisor.fault is not None
     said = supervisor.say(supervisor.fault)
@@ -512,7 +515,7 @@ def test_the_words_of_another_hold_for_all() -> None:
     mine, theirs = pair()
     fault = {"process": 1, "line": "ValueError: no", "code": 2, "is_said": True}
     theirs.send(fault=fault)
-    supervisor = supervise(wait_for_word, {1: mine})
+    supervisor = supervise(WAITS, {1: mine})
     assert supervisor.run() == 2
     assert supervisor.fault is not None
     assert supervisor.say(supervisor.fault) == "process 1 of 2 (b): ValueError: no"
