@@ -15,6 +15,7 @@ RunnerError                 a user's mistake, told in one line; exit code 2
 
 import difflib
 from collections.abc import Iterable
+from enum import Enum
 from typing import Any
 
 __all__ = [
@@ -33,10 +34,20 @@ __all__ = [
 ]
 
 
+class _Nothing(Enum):
+    """Stays itself where an error goes to another process."""
+
+    NO_VALUE = "no value"
+
+
 class RunnerError(Exception):
     """A mistake that its user can mend: one line, no traceback."""
 
     exit_code = 2
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Comes back whole from another process, whatever its class is made from."""
+        return _restore, (type(self), self.args, self.__dict__)
 
 
 class ConfigError(RunnerError):
@@ -50,7 +61,7 @@ class ConfigError(RunnerError):
         fix: One change that mends it, as a sentence without its full stop.
     """
 
-    NO_VALUE: Any = object()
+    NO_VALUE: Any = _Nothing.NO_VALUE
 
     def __init__(
         self,
@@ -128,6 +139,14 @@ def did_you_mean(name: str, known: Iterable[str]) -> str | None:
     """The sentence that names the nearest known word, or None if none is near."""
     near = difflib.get_close_matches(str(name), [str(k) for k in known], n=1)
     return f"Did you mean {near[0]!r}?" if near else None
+
+
+def _restore(
+    kind: type[RunnerError], args: tuple[Any, ...], attributes: dict[str, Any]
+) -> RunnerError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(attributes)
+    return error
 
 
 def _show(value: Any) -> str:

@@ -366,6 +366,29 @@ MORE: dict[str, tuple[list[str], str]] = {
         r"seed: must be an integer \(got 'x{50,}\.\.\.\)\.",
     ),
     "sweep of nothing": (["-m", "+experiment=x", "seed=0,1"], r"experiment: no such"),
+    "empty sweep": (
+        ["-m", DROPOUT, "seed=range(0)"],
+        r"seed: an empty sweep \(got 'range\(0\)'\)\. Give it at least one",
+    ),
+    "sweep over what is not there": (
+        ["-m", DROPOUT, "model.dropuot_rate=0.1,0.2"],
+        r"model\.dropuot_rate: unknown key.* Did you mean 'dropout_rate'\?",
+    ),
+    "sweep for what is not computed": (
+        ["-m", DROPOUT, "seed=0,1", "eval.metric=f1"],
+        r"eval\.metric: not computed by task classification \(got 'f1'\)\.",
+    ),
+    "sweep of no kind": (
+        ["-m", DROPOUT, "seed=0,1", "hydra.sweeper.repeats=two"],
+        r"hydra\.sweeper\.repeats: must be an integer \(got 'two'\)\.",
+    ),
+    "unequal zip": (
+        [
+            *("-m", DROPOUT, "seed=0,1", "model.dropout_rate=0.1,0.2,0.3"),
+            "hydra.sweeper.zip=[seed,model.dropout_rate]",
+        ],
+        r"hydra\.sweeper\.zip: what goes together needs as many values \(seed has 2, ",
+    ),
     "sweep below a file": (
         ["-m", "sinks=none", "train.steps=2", "seed=0", "hydra.sweep.dir=good.csv/x"],
         r"hydra\.sweep\.dir: can't be written",

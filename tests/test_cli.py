@@ -697,7 +697,8 @@ def test_sweep_leaves_a_run_for_each_seed(shell: Shell) -> None:
     assert [run["sweep"]["lane"] for run in manifests] == [0, 1, 2]
     assert len({run["sweep"]["id"] for run in manifests}) == 1
     assert {"id", "lane", "lanes", "mode"} == manifests[0]["sweep"].keys()
-    assert ran.directory == runs[-1]
+    assert ran.cwd / ran.directory == runs[-1].parent  # the sweep's, last
+    assert f"\n{runs[-1]}\n" in ran.out
 
 
 def test_a_failing_job_stops_no_other(shell: Shell) -> None:

@@ -19,13 +19,15 @@ import yaml
 from runner.errors import RecordError
 from runner.records.digests import digest_config, digest_file, digest_manifest
 from runner.records.record import read_record
-from runner.report.charts import STYLES, Chart, Line, draw_chart
+from runner.report.charts import Chart, Line, draw_chart
 from runner.report.collect import collect_runs
 from runner.report.comparison import runs_table
-from runner.report.curves import objective_of, read_curves, thin
+from runner.report.curves import read_curves, thin
+from runner.report.drawing import STYLES
 from runner.report.page import make_page
 from runner.report.table import Table
 from runner.sinks.text import clean
+from runner.sweep.objective import objective_of
 
 pytestmark = pytest.mark.xdist_group("report")
 
@@ -134,10 +136,10 @@ def test_a_sweep_becomes_a_page(report: Any, sweep: Path, tmp_path: Path) -> Non
     page = Page((tmp_path / "report.html").read_text())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html"]
     captions = re.findall(
-        r"^(runs|run|metrics|streams|draws|config)$", done.stdout, re.M
+        r"^(runs|sweep|run|metrics|streams|draws|config)$", done.stdout, re.M
     )
     each = ["run", "metrics", "streams", "draws", "config"]
-    assert captions == ["runs", *each, *each]
+    assert captions == ["sweep", *each, *each]
     for line in done.stdout.splitlines()[:-1]:  # the same cells in both
         for cell in re.split(r"\s{2,}", line.strip()):
             assert cell in page.cells(), cell

@@ -15,6 +15,13 @@ _THERE = re.compile(r"Could not append to config\. An item is already at '([^']+
 _CHOICE = re.compile(r"Could not find '([^']+)'")
 _OPTIONS = re.compile(r"Available options in '([^']+)':((?:\s*\n\t[^\n]+)*)")
 _MERGE = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
+_KIND = re.compile(r"could not be converted to (\w+)|is not a (ListConfig)")
+_KINDS = {
+    "Integer": "an integer",
+    "Float": "a number",
+    "Boolean": "true or false",
+    "ListConfig": "a list",
+}
 _TWICE = re.compile(r"(\S+) appears more than once in the final defaults list")
 _NO_EQUALS = re.compile(r"Error parsing override '([^']*)'\s+missing EQUAL")
 _NOISE = re.compile(r"\s*(full_key|object_type|reference_type|See https?)[:= ].*")
@@ -36,6 +43,9 @@ def refusal_of(error: Exception, args: list[str]) -> RunnerError:
         return ConfigError(found.group(1), "is there already", fix="Leave the + out")
     if found := _MERGE.search(text):
         path, value = found.groups()
+        if kind := _KIND.search(str(error.__cause__)):
+            what = _KINDS.get(kind.group(1) or kind.group(2), "of another kind")
+            return ConfigError(path, f"must be {what}", got=value)
         rule = "a list can't be overridden by a mapping, nor the reverse"
         fix = f"Replace it: '~{path}' '+{path}={value}'"
         return ConfigError(path, rule, got=value, fix=fix)

@@ -13,8 +13,11 @@ from runner.sinks.text import align, clean
 
 if TYPE_CHECKING:
     from runner.report.table import Table
+    from runner.sweep.sweep import Sweep
 
-__all__ = ["main"]
+__all__ = ["main", "show"]
+
+_SHOWN = 8  # runs whose tables are printed; the page has those of all
 
 
 def main(args: list[str]) -> int:
@@ -37,16 +40,32 @@ def main(args: list[str]) -> int:
         write_atomically(out, page)
     except OSError as error:
         raise _unwritable(options.out, str(error.strerror or error)) from error
-    if len(runs.read) > 1:
-        _show(runs_table(runs.read))
-    for run in runs.read:
+    for found in runs.sweeps:
+        _show_sweep(found.sweep)
+    if len(runs.read) > 1 and not runs.is_a_sweep:
+        show(runs_table(runs.read))
+    for run in runs.read if len(runs.read) <= _SHOWN else ():
         print(clean(run.label), end="\n\n")
         for table in run.tables:
-            _show(table)
+            show(table)
     for each in runs.damaged:
         print(f"warning: {clean(each.reason)}", file=sys.stderr)
     print_last(options.out)
     return 0
+
+
+def _show_sweep(sweep: "Sweep") -> None:
+    """Prints its tables, and writes its files where that can be done."""
+    from runner.report.sweep_tables import sweep_tables
+    from runner.sweep.files import write_sweep
+
+    for table in sweep_tables(sweep):
+        show(table)
+    try:
+        write_sweep(sweep)
+    except OSError as error:
+        what = f"{sweep.name}: sweep.json can't be written ({error.strerror or error})"
+        print(f"warning: {clean(what)}", file=sys.stderr)
 
 
 def _unwritable(out: str, why: str) -> ConfigError:
@@ -54,7 +73,8 @@ def _unwritable(out: str, why: str) -> ConfigError:
     return ConfigError("--out", f"can't be written: {why}", got=out, fix=fix)
 
 
-def _show(table: "Table") -> None:
+def show(table: "Table") -> None:
+    """Prints a table; what does not print in it is escaped."""
     print(clean(table.caption))
     head = [table.columns] if any(table.columns) else []
     for line in align(tuple(map(clean, row)) for row in (*head, *table.rows)):

@@ -18,12 +18,17 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
+from runner.cli import print_last
 from runner.cli.config import HYDRA_VERSION_BASE, Composed, read_composed
 from runner.cli.gate import Gate, Refused
+from runner.cli.pruning import prune_by
 from runner.cli.refusal import refusal_of
+from runner.cli.requeue import find_again, is_requeued, reopen
 from runner.cli.running import conclude, make_program, stop_on_signals
-from runner.errors import ConfigError, RunFailedError, RunnerError
+from runner.cli.sweep import concluding_sweep
+from runner.errors import ConfigError, RunnerError
 from runner.processes.peers import peers
+from runner.sweep.objective import objective_of
 
 if TYPE_CHECKING:
     from runner.hazards.find import Hazard
@@ -54,12 +59,12 @@ def main(args: list[str]) -> int:
     )(_job)
     sys.argv = ["runner", *_flags_first(args)]
     try:
-        with _full_errors():
+        with _full_errors(), concluding_sweep():
             app()
     except Refused as refused:
         raise refused.error from None
-    except RunnerError as error:  # of a sweep's job; Hydra ran the others, too
-        raise RunFailedError(str(error)) from error
+    except RunnerError:
+        raise
     except Exception as error:
         if Gate.is_reached and not isinstance(error, _HYDRAS):
             raise
@@ -108,22 +113,30 @@ def _job(config: DictConfig) -> float | None:
 def _run_job(config: DictConfig) -> float | None:
     """Trains in the directory that Hydra made for the job."""
     from runner.cli.hydra_files import write_hydra_files
-    from runner.following import follow_run
-    from runner.program import Program
     from runner.recording import record_run
     from runner.records.files import claim_directory
 
     job = HydraConfig.get()
     directory = Path(job.runtime.output_dir)
+    if not peers().leads:
+        assert Gate.prepared is not None
+        _follow(Gate.prepared.program, directory)
+    requeued = is_requeued(directory)
     if Gate.prepared is None:  # a sweep's job: Hydra made the directory
         _refuse_processes(config)
-        claim_directory(directory, exact=True, field="hydra.sweep.dir")
+        if not requeued:
+            claim_directory(directory, exact=True, field="hydra.sweep.dir")
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
     Gate.prepared = None
-    if not peers().leads:
-        assert isinstance(prepared.program, Program)  # no probe
-        conclude(follow_run(prepared.program, directory=directory), directory)
+    resumption = None
+    if requeued:
+        record = reopen(directory, prepared)
+        resumption = find_again(record, prepared)
+        if resumption is None:
+            print_last(str(directory))
+            return objective_of(record.config, record.manifest).last
     write_hydra_files(directory, prepared.composed)
+    pruning = prune_by(job, metric=prepared.program.spec.objective)
     with stop_on_signals() as stop:
         recorded = record_run(
             prepared.program,
@@ -131,10 +144,24 @@ def _run_job(config: DictConfig) -> float | None:
             hazards=prepared.hazards,
             secrets=prepared.composed.secrets,
             sweep=_sweep(job),
-            stop=stop,
+            resumption=resumption,
+            stop=lambda: stop() or pruning.reason,
+            listen=pruning.listen,
         )
-    conclude(recorded, directory)
+    if pruning.stopped(recorded.reason):
+        print_last(str(directory))
+    else:
+        conclude(recorded, directory)
     return recorded.objective
+
+
+def _follow(program: "Compiled", directory: Path) -> None:
+    """Another process than 0 takes the same steps, and leaves as that does."""
+    from runner.following import follow_run
+    from runner.program import Program
+
+    assert isinstance(program, Program)  # no probe
+    conclude(follow_run(program, directory=directory), directory)
 
 
 def _refuse_processes(config: DictConfig) -> None:

@@ -1,34 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Curves as inline SVG, drawn by matplotlib; equal curves give equal bytes.
+"""Curves over steps. No word of a record gets into a drawing: names stand around it."""
 
-No word of a record reaches matplotlib: names stand in the page, around the drawing.
-Text and axes take the page's color, so that they can be read on light and on dark.
-"""
-
-import contextlib
-import io
-import logging
 import math
-import re
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from runner.report.curves import Curve, thin
+from runner.report.drawing import INK, draw
 
-__all__ = ["STYLES", "Chart", "Line", "draw_chart"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-_COLORS = (
-    *("#3b82c4", "#e07a2f", "#3a9d5d", "#c9485b", "#8a63c7"),
-    *("#9a6b4b", "#d16ba5", "#808080", "#a09a2c", "#2fa5b0"),
-)
-_DASHES = ("solid", "dashed", "dotted")
-STYLES = tuple((color, dash) for dash in _DASHES for color in _COLORS)
-_INK = "#010203"  # stands for the page's text color until the drawing is done
+__all__ = ["Chart", "Line", "draw_chart", "is_wide", "number_axis"]
+
 _MARKED = 40  # points; a curve of more needs no dots
 _LARGEST = 1e100
-_SPREAD = 50.0  # largest by smallest value from which the axis is logarithmic
+_SPREAD = 50.0  # largest by smallest value from which an axis is logarithmic,
+_EVEN = 0.8  # unless half of them lie above this share of it: they are even as they are
 
 
 @dataclass(frozen=True)
@@ -39,12 +28,14 @@ class Line:
         name: What it is; the page says it.
         curve: Steps and values.
         color, dash: One of `STYLES`.
+        band: Half the height of a band around it, at each of its steps.
     """
 
     name: str
     curve: Curve
     color: str
     dash: str
+    band: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,84 +52,59 @@ class Chart:
 
 
 def draw_chart(chart: Chart) -> str:
-    """The drawing as an `<svg>` element without ids of its own but for its parts."""
-    rules = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "runner",
-        "font.size": 9.0,
-        **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor"), _INK),
-        **dict.fromkeys(("xtick.color", "ytick.color"), _INK),
-    }
-    with _quiet():
-        import matplotlib.style
-
-        with matplotlib.style.context(["default", rules]):
-            return _inline(_draw(chart.lines))
+    """The drawing as an `<svg>` element."""
+    return draw(lambda axes: _paint(axes, chart.lines), size=(6.4, 3.0))
 
 
-def _draw(lines: Sequence[Line]) -> str:
-    from matplotlib.backends.backend_svg import FigureCanvasSVG
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+def _paint(axes: "Axes", lines: Iterable[Line]) -> None:
+    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6.4, 3.0), layout="constrained")
-    FigureCanvasSVG(figure)
-    axes = figure.subplots()
+    lines = tuple(lines)
     for line in lines:
         steps, values = thin(line.curve)
+        numbers = list(map(_drawn, values))
         axes.plot(
             steps,
-            list(map(_drawn, values)),
+            numbers,
             color=line.color,
             linestyle=line.dash,
             linewidth=1.4,
             marker="o" if len(steps) <= _MARKED else None,
             markersize=3.0,
         )
-    if _is_wide(value for line in lines for value in line.curve[1]):
+        if line.band:
+            by_step = dict(zip(line.curve[0], line.band, strict=True))
+            pairs = [(v, by_step[s]) for s, v in zip(steps, numbers, strict=True)]
+            low, high = [v - b for v, b in pairs], [v + b for v, b in pairs]
+            axes.fill_between(steps, low, high, color=line.color, alpha=0.15, lw=0)
+    if is_wide(value for line in lines for value in line.curve[1]):
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        number_axis(axes.yaxis)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
     axes.set_xlabel("step")
-    axes.grid(alpha=0.18, color=_INK, linewidth=0.6)
+    axes.grid(alpha=0.18, color=INK, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.patch.set_visible(False)
-    axes.patch.set_visible(False)
-    content = io.StringIO()
-    undated: dict[str, Any] = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(content, format="svg", metadata=undated)
-    return content.getvalue()
+
+
+def number_axis(axis: object) -> None:
+    """Spells the numbers of a logarithmic axis out."""
+    from matplotlib.axis import Axis
+    from matplotlib.ticker import FuncFormatter
+
+    assert isinstance(axis, Axis)
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def is_wide(values: Iterable[float | None]) -> bool:
+    """Whether values are better shown on a logarithmic axis."""
+    known = sorted(v for v in map(_drawn, values) if not math.isnan(v))
+    if not known or known[0] <= 0 or known[-1] / known[0] <= _SPREAD:
+        return False
+    middle = math.log(known[len(known) // 2] / known[0])
+    return middle < _EVEN * math.log(known[-1] / known[0])
 
 
 def _drawn(value: float | None) -> float:
     """What no axis can hold is a gap."""
     return math.nan if value is None or abs(value) > _LARGEST else value
-
-
-def _is_wide(values: Iterable[float | None]) -> bool:
-    known = [v for v in map(_drawn, values) if not math.isnan(v)]
-    return bool(known) and min(known) > 0 and max(known) / min(known) > _SPREAD
-
-
-def _inline(svg: str) -> str:
-    """The element alone, sized by the page, with the page's color for ink."""
-    svg = svg[svg.index("<svg") :].strip().replace(_INK, "currentColor")
-    head, mark, body = svg.partition(">")
-    box = re.search(r'viewBox="[^"]*"', head)
-    body = re.sub(r'<g id="[^"]*"', "<g", body)
-    return f"<svg {box.group() if box else ''}{mark}{body}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keeps matplotlib from telling about its font cache, and about odd numbers."""
-    log = logging.getLogger("matplotlib")
-    before = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(before)

@@ -2,18 +2,20 @@
 """Finds the runs that a report is about, and reads them."""
 
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from runner.errors import RecordError
 from runner.records.record import Record, read_record
-from runner.report.curves import Curves, Objective, objective_of, read_curves
+from runner.report.curves import Curves, read_curves
 from runner.report.table import Table
 from runner.report.tables import run_tables
+from runner.sweep.jobs import MULTIRUN, find_jobs, natural_order
+from runner.sweep.objective import Objective, objective_of
+from runner.sweep.sweep import Sweep, read_sweep
 
-__all__ = ["Damaged", "Run", "Runs", "collect_runs"]
+__all__ = ["Damaged", "Run", "Runs", "SweepRuns", "collect_runs"]
 
 _DEPTH = 3  # a sweep's directories: date, time, number
 _MOST = 1000
@@ -51,11 +53,32 @@ class Damaged:
 
 
 @dataclass(frozen=True)
+class SweepRuns:
+    """A sweep, and what its jobs measured, by their labels in it."""
+
+    sweep: Sweep
+    curves: Mapping[str, Curves]
+
+
+@dataclass(frozen=True)
 class Runs:
-    """All that a report is about."""
+    """All that a report is about.
+
+    Args:
+        read: The runs that could be read.
+        damaged: Those that could not.
+        sweeps: The sweeps that they come from, as far as these were given.
+    """
 
     read: tuple[Run, ...]
     damaged: tuple[Damaged, ...] = ()
+    sweeps: tuple[SweepRuns, ...] = ()
+
+    @property
+    def is_a_sweep(self) -> bool:
+        """Whether it is one sweep, and nothing else."""
+        jobs = [each.curves for each in self.sweeps]
+        return len(jobs) == 1 and len(jobs[0]) == len(self.read)
 
 
 def collect_runs(paths: Sequence[str]) -> Runs:
@@ -76,11 +99,12 @@ def collect_runs(paths: Sequence[str]) -> Runs:
             read.append(_read(path, label))
         except RecordError as error:
             damaged.append(Damaged(label, str(error)))
-    if not read:
+    sweeps = [_join(sweep, read) for sweep in _sweeps(paths)]
+    if not read and not sweeps:
         more = len(damaged) - 1
         others = f" {more} more can't be read." if more else ""
         raise RecordError(f"{damaged[0].reason}{others}")
-    return Runs(tuple(read), tuple(damaged))
+    return Runs(tuple(read), tuple(damaged), tuple(sweeps))
 
 
 def _find(paths: Sequence[str]) -> tuple[list[str], list[Damaged]]:
@@ -109,14 +133,53 @@ def _read(path: str, label: str) -> Run:
     return Run(label, record, objective, curves, tables)
 
 
+def _sweeps(paths: Sequence[str]) -> Iterator[Sweep]:
+    """The sweeps at the paths, or below them; each once."""
+    found: dict[str, Path] = {}
+    for path in paths:
+        where = _place(path)
+        if where is not None:
+            for sweep in sorted(_sweeps_below(where, _DEPTH), key=natural_order):
+                found.setdefault(os.path.realpath(sweep), sweep)
+    for sweep in found.values():
+        if find_jobs(sweep):
+            yield read_sweep(str(sweep))
+
+
+def _sweeps_below(where: Path, depth: int) -> Iterator[Path]:
+    if (where / MULTIRUN).exists():
+        yield where
+    elif depth and not (where / "run.json").exists():
+        for child in where.iterdir():
+            if child.is_dir() and not child.is_symlink():
+                yield from _sweeps_below(child, depth - 1)
+
+
+def _join(sweep: Sweep, runs: Sequence[Run]) -> SweepRuns:
+    where = {os.path.realpath(run.record.name): run for run in runs}
+    curves = {
+        job.label: where[real].curves
+        for job in sweep.jobs
+        if (real := os.path.realpath(job.directory)) in where
+    }
+    return SweepRuns(sweep, curves)
+
+
+def _place(path: str) -> Path | None:
+    """The directory that a path names; None for a file, a run, or none."""
+    where = Path(os.path.expanduser(path))
+    is_other = "\0" in path or not where.is_dir() or (where / "run.json").exists()
+    return None if is_other else where
+
+
 def _runs_at(path: str) -> Iterator[str]:
     """The path itself, or the runs below it; what is neither is left to the reader."""
-    where = Path(os.path.expanduser(path))
-    if "\0" in path or not where.is_dir() or (where / "run.json").exists():
+    where = _place(path)
+    if where is None:
         yield path
         return
-    below = sorted(_below(where, _DEPTH), key=_natural)
-    if not below:
+    below = sorted(_below(where, _DEPTH), key=natural_order)
+    if not below and not any(map(find_jobs, _sweeps_below(where, _DEPTH))):
         raise RecordError(
             f"{path}: no run in it, down to {_DEPTH} directories below. "
             "Give a run directory, an archive of one, or a sweep's directory."
@@ -138,12 +201,6 @@ def _below(where: Path, depth: int) -> Iterator[Path]:
             yield child
         elif not child.is_symlink():
             yield from _below(child, depth - 1)
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Orders 9 before 10."""
-    words = re.split(r"(\d+)", str(path))
-    return [(int(w), "") if w.isdecimal() else (-1, w) for w in words]
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

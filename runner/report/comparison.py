@@ -4,21 +4,20 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from runner.differences.config import is_idle
-from runner.differences.leaves import is_same, list_leaves
+from runner.differences.leaves import list_leaves
 from runner.report.collect import Run, Runs
 from runner.report.table import Table, make_table, spell
+from runner.sweep.fields import differing_leaves
 
 __all__ = ["damaged_table", "runs_table"]
 
 _COLUMNS = 8  # leaves that get a column
-_ABSENT = object()
 
 
 def runs_table(runs: Sequence[Run]) -> Table:
     """A row for each run, the best first; a column for each leaf that differs."""
     configs = [list_leaves(run.record.config) for run in runs]
-    differing = _differing(configs)
+    differing = list(differing_leaves(configs))
     shown = differing[:_COLUMNS]
     more = len(differing) - len(shown)
     caption = f"runs (they differ in {more} more leaves)" if more else "runs"
@@ -44,24 +43,6 @@ def damaged_table(runs: Runs) -> Table:
     """The runs that can't be read."""
     rows = [(each.label, each.reason) for each in runs.damaged]
     return make_table("can't be read", ("run", "why"), rows)
-
-
-def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Paths whose values are not all the same and can matter; each value once."""
-    found: dict[str, list[Any]] = {}
-    for path in dict.fromkeys(path for config in configs for path in config):
-        values = [config.get(path, _ABSENT) for config in configs]
-        is_one = all(_equal(value, values[0]) for value in values[1:])
-        if is_one or (is_idle(path) and path != "experiment"):
-            continue
-        if path == "rng.seed" and values == found.get("seed"):
-            continue  # follows it
-        found[path] = values
-    return sorted(found, key=lambda path: path != "experiment")
-
-
-def _equal(a: Any, b: Any) -> bool:
-    return a is b if _ABSENT in (a, b) else is_same(a, b)
 
 
 def _cell(config: Mapping[str, Any], path: str) -> str:

@@ -1,19 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """One page of HTML: no script, nothing from elsewhere, every word escaped."""
 
-import html
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-from runner.report.charts import STYLES, Chart, Line, draw_chart
-from runner.report.collect import Run, Runs
+from runner.report.charts import Chart, Line
+from runner.report.collect import Run, Runs, SweepRuns
 from runner.report.comparison import damaged_table, runs_table
-from runner.report.table import Table, Weight
-from runner.sinks.text import clean
+from runner.report.drawing import STYLES
+from runner.report.elements import (
+    chart,
+    figures,
+    heading,
+    heat_figure,
+    parallel_figure,
+    points_figure,
+    section,
+    table,
+    words,
+)
+from runner.report.sweep_charts import curves_by_value, heat_map, parallel, points
+from runner.report.sweep_tables import jobs_table, sweep_tables
 
 __all__ = ["make_page"]
 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _DRAWN = 20  # runs that get drawings of their own
+_TOGETHER = 10  # jobs of a sweep whose curves get a drawing together
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2330; --soft: #5c6675; --line: #d8dde5;
@@ -44,6 +56,14 @@ ul.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .1rem 1rem;
   margin: .2rem 0; padding: 0; font-size: .85rem; font-weight: 400; }
 ul.legend span { display: inline-block; width: 1.4rem; vertical-align: middle;
   margin-right: .4rem; border-top-width: 2px; }
+figure.wide { grid-column: 1 / -1; }
+table.heat { border-collapse: separate; border-spacing: 3px; margin-top: .5rem; }
+table.heat th, table.heat td { border: 0; text-align: center; padding: .45rem .7rem; }
+table.heat td { border-radius: 4px; background: var(--band); }
+table.heat thead td { background: none; }
+table.heat td.best { outline: 2px solid #e07a2f; font-weight: 600; }
+details.run > summary { font-size: 1.05rem; border-top: 1px solid var(--line);
+  padding: .6rem 0; overflow-wrap: anywhere; }
 """
 
 
@@ -57,11 +77,11 @@ def make_page(runs: Runs) -> str:
 <meta charset="utf-8">
 <meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_words(_title(runs.read))}</title>
+<title>{words(_title(runs.read))}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
-<h1>{_words(_title(runs.read))}</h1>
+<h1>{words(_title(runs.read))}</h1>
 <p class="note">{count}</p>
 {body}
 </body>
@@ -76,16 +96,36 @@ def _title(runs: Sequence[Run]) -> str:
 
 def _body(runs: Runs) -> Iterator[str]:
     if runs.damaged:
-        yield _table(damaged_table(runs))
-    if len(runs.read) > 1:
-        yield _table(runs_table(runs.read))
-        yield _charts(_shared_charts(runs.read))
+        yield table(damaged_table(runs))
+    for each in runs.sweeps:
+        yield from _sweep(each, is_named=len(runs.sweeps) > 1 or not runs.is_a_sweep)
+    if len(runs.read) > 1 and not runs.is_a_sweep:
+        yield table(runs_table(runs.read))
+    if 1 < len(runs.read) <= _TOGETHER or (runs.read and not runs.is_a_sweep):
+        yield figures(map(chart, _shared_charts(runs.read)))
     for i, run in enumerate(runs.read):
-        yield f"<section>\n<h2>{_words(run.label)}</h2>"
-        if i < _DRAWN:
-            yield _charts(_own_charts(run))
-        yield from map(_table, run.tables)
-        yield "</section>"
+        drawn = figures(map(chart, _own_charts(run))) if i < _DRAWN else ""
+        inner = "\n".join([drawn, *map(table, run.tables)])
+        yield section(run.label, inner, folded=runs.is_a_sweep)
+
+
+def _sweep(each: SweepRuns, *, is_named: bool) -> Iterator[str]:
+    sweep = each.sweep
+    if is_named:
+        yield heading(sweep.name)
+    yield from map(table, sweep_tables(sweep))
+    yield figures(_pictures(each))
+    yield table(jobs_table(sweep))
+
+
+def _pictures(each: SweepRuns) -> Iterator[str]:
+    sweep = each.sweep
+    yield from map(points_figure, points(sweep))
+    if (found := heat_map(sweep)) is not None:
+        yield heat_figure(found, metric=sweep.metric)
+    if (lines := parallel(sweep)) is not None:
+        yield parallel_figure(lines, paths=[field.path for field in sweep.fields])
+    yield from map(chart, curves_by_value(sweep, each.curves))
 
 
 def _own_charts(run: Run) -> Iterator[Chart]:
@@ -112,45 +152,3 @@ def _shared_charts(runs: Sequence[Run]) -> Iterator[Chart]:
                 if (phase, metric) in run.curves
             ]
             yield Chart(f"{phase} {metric}", tuple(lines))
-
-
-def _charts(charts: Iterable[Chart]) -> str:
-    figures = "\n".join(map(_figure, charts))
-    return f'<div class="charts">\n{figures}\n</div>' if figures else ""
-
-
-def _figure(chart: Chart) -> str:
-    marks = "".join(
-        f'<li><span style="border-top-style: {line.dash}; '
-        f'border-top-color: {line.color}"></span>{_words(line.name)}</li>'
-        for line in chart.lines
-    )
-    names = ", ".join(line.name for line in chart.lines)
-    label = _words(f"{chart.title} over steps: {names}")
-    svg = draw_chart(chart).replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-    caption = f'{_words(chart.title)}<ul class="legend">{marks}</ul>'
-    return f"<figure>\n<figcaption>{caption}</figcaption>\n{svg}\n</figure>"
-
-
-def _table(table: Table) -> str:
-    caption = f"<caption>{_words(table.caption)}</caption>"
-    head = "".join(f'<th scope="col">{_words(name)}</th>' for name in table.columns)
-    head = f"<thead><tr>{head}</tr></thead>" if any(table.columns) else ""
-    rows = "\n".join(map(_row, table.rows))
-    inner = f"<table>\n{caption}\n{head}\n<tbody>\n{rows}\n</tbody>\n</table>"
-    inner = f'<div class="scroll">\n{inner}\n</div>'
-    if table.weight is Weight.OPEN:
-        return inner
-    summary = f"<summary>{_words(table.caption)}</summary>"
-    return f"<details>\n{summary}\n{inner}\n</details>"
-
-
-def _row(cells: Sequence[str]) -> str:
-    first, *rest = map(_words, cells)
-    others = "".join(f"<td>{cell}</td>" for cell in rest)
-    return f'<tr><th scope="row">{first}</th>{others}</tr>'
-
-
-def _words(text: str) -> str:
-    """Text of a record: what does not print is an escape, what is markup is text."""
-    return html.escape(clean(text), quote=True)
