@@ -145,8 +145,8 @@ class _Loop:
 
     def _settle(self, saves: bool) -> tuple[bool, str]:
         """What a clock or a signal decides: it must be one thing in all processes."""
-        settled = self.share([saves, self.stop(), self.pace.steps])
-        saves, stop, self.steps_per_call = settled
+        mine = [saves, self.stop(), self.pace.steps, self.reason]
+        saves, stop, self.steps_per_call, self.reason = self.share(mine)
         return saves, stop
 
     def _begin(self) -> State:

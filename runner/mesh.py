@@ -138,11 +138,11 @@ class Layout:
             whole.shape, sharding, lambda part: whole[part]
         )
 
-    def fetch(self, tree: Any) -> Any:
-        """Arrays whole, whatever lies in other processes; all of them must ask."""
-        if self.is_whole_here:
-            return tree
-        return jax.jit(lambda same: same, out_shardings=self.replicated)(tree)
+    def fetch(self, array: Any) -> np.ndarray:
+        """An array whole, on the host; processes that share it must ask together."""
+        if not self.is_whole_here:
+            array = jax.jit(lambda same: same, out_shardings=self.replicated)(array)
+        return np.asarray(array)
 
     def constrain_rows(self, tree: Any) -> Any:
         """Rows of a batch, in a program, as `rows` lays them out."""
@@ -303,6 +303,7 @@ def _next_multiple(spec: RunSpec, layout: Layout) -> int:
 def _mend(mesh: MeshSpec, devices: int) -> str:
     first, *rest = mesh.axes
     others, left = math.prod(mesh.axes[name] for name in rest), devices
-    size = others * mesh.axes[first]
-    fits = "" if left % others else f"mesh.axes.{first}={left // others} or "
-    return f"Set {fits}mesh.host_devices={size}"
+    each, rest_ = divmod(others * mesh.axes[first], jax.process_count())
+    ways = [] if left % others else [f"mesh.axes.{first}={left // others}"]
+    ways += [] if rest_ else [f"mesh.host_devices={each}"]
+    return f"Set {' or '.join(ways)}" if ways else "Set mesh.axes to what there is"

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import yaml
 
 from runner.course import BEGINNING, Start
 from runner.errors import RecordError, RunFailedError
-from runner.following import agree_on, compare_keys
+from runner.following import begin_together, compare_keys
 from runner.hazards.find import Hazard
 from runner.kept import keep
 from runner.ledger import make_ledger, stream_rows
@@ -124,7 +125,6 @@ def record_run(
         RunFailedError: the record can't be written.
     """
     recording = _Recording(program, directory, secrets, hazards, resumption)
-    agree_on(program, ledger=recording.ledger)
     recording.open_manifest(sweep=sweep, parent=parent)
     try:
         return recording.run(stop, listen)
@@ -156,7 +156,7 @@ class _Recording:
         self.objective: tuple[int, float] | None = None  # at the last evaluation
         self.outputs: Outputs | None = None
         self.taken = self.start.step  # steps whose metrics are written
-        self.comparison = compare_keys(program, self.ledger)
+        self.comparison = compare_keys(program)
         for record in self.start.evaluated:
             self._take_eval(record)
 
@@ -180,6 +180,7 @@ class _Recording:
         )
 
     def run(self, stop: Callable[[], str], listen: Callable[[Event], None]) -> Recorded:
+        peers().meet()  # all have read what is now written to
         self._write_start()
         sinks = make_sinks(self.program.spec.sinks)
         try:
@@ -190,6 +191,7 @@ class _Recording:
             for hazard in self.hazards:
                 _log.warning("%s", hazard)
             with peers().closing(lambda line: sinks.finish(self._abort(line))):
+                begin_together(self.program)
                 outcome = self._train(sinks, stop, listen)
                 end = self._finish(outcome, sinks)
         except PeerLostError as error:  # what is being saved can't become whole
@@ -261,9 +263,9 @@ class _Recording:
         """Saves the last good state, then closes the manifest over it."""
         if self.program.steps:
             self._save(outcome.step, outcome.state, sinks)
-        params = named_leaves(self.program.layout.fetch(outcome.state.params))
+        params = jax.tree.map(self.program.layout.fetch, outcome.state.params)
         self.checkpoints.close()
-        self.manifest["digests"]["params"] = digest_leaves(params)
+        self.manifest["digests"]["params"] = digest_leaves(named_leaves(params))
         return self._close(
             outcome.status, outcome.reason, outcome.step, outcome.seconds
         )

@@ -37,7 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _settle_streams()
     if os.getcwd() not in sys.path and "" not in sys.path:
         sys.path.insert(0, os.getcwd())  # as `python -m` does: trusted packages
-    sys.exit(_guarded(_verb(args), args))
+    try:
+        code = _guarded(_verb(args), args)
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    peers().fail(f"it left with code {code}", code or 1)  # unless all have ended
+    sys.exit(code)
 
 
 def _settle_streams() -> None:

@@ -114,13 +114,15 @@ def _resume(
     restore_platform(record.manifest["platform"])
     with naming_trust():
         program, hazards = make_program(spec, compile_cache=compile_cache)
-    from runner.following import follow_run
+    from runner.following import agree_on, follow_run
     from runner.program import Program
     from runner.recording import record_run
     from runner.replay.resuming import find_resumption
 
     assert isinstance(program, Program)  # no probe
     resumption = find_resumption(record, program)
+    there = {"step": resumption.start.step, "run.json": record.manifest["digest"]}
+    agree_on(there)
     directory = share_directory(_claim(record, spec) if peers().leads else None)
     assert directory is not None
     if not peers().leads:

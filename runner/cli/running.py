@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import complain, print_last
-from runner.cli.secrecy import BlottingFormatter
+from runner.cli.secrecy import BlottingFormatter, blot
 from runner.determinism import settle_backend
 from runner.errors import RecordError, RunFailedError, UntrustedTargetError
 from runner.processes.join import join
@@ -100,6 +100,7 @@ def make_program(
     settle_backend(spec)
     spec = join(spec, complain=complain, close=_close_record)
     from runner.compile import compile_run
+    from runner.following import agree_on_program
     from runner.guarantee import refuse_below_strict
     from runner.hazards.find import find_hazards, refuse_hazards
     from runner.platforms import set_compile_cache
@@ -111,14 +112,16 @@ def make_program(
     hazards = find_hazards(program)
     refuse_hazards(hazards, allow=spec.rng.allow)
     refuse_below_strict(program)
+    agree_on_program(program)
     return program, hazards
 
 
 def _close_record(directory: Path, line: str) -> None:
     from runner.sinks.jsonl import FILES
 
-    with contextlib.suppress(OSError):  # the line at hand is worth more
-        close_record(directory, line, files=FILES)
+    # The line at hand is worth more than what a broken record raises.
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        close_record(directory, blot(line), files=FILES)
 
 
 def claim_new(spec: RunSpec, out: str | None = None) -> Path:

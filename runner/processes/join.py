@@ -18,7 +18,7 @@ from typing import Any
 
 from runner import __version__
 from runner.errors import RunFailedError
-from runner.machine import forced_devices, size_thread_pool
+from runner.machine import forced_devices, read_vector, size_thread_pool
 from runner.parse import Frozen, to_plain
 from runner.processes.peers import Connected, enter
 from runner.processes.place import Place, find_place
@@ -77,8 +77,9 @@ def join(
     except BaseException:
         mine.close()
         raise
-    theirs = _split(company, spec, mine, complain=complain, close=close)
-    words = _keep_words(place)
+    number, words = _make_words()
+    theirs = _split(company, spec, mine, words, complain=complain, close=close)
+    _keep_words(place, number)
     enter(Connected(theirs, index=place.index, count=place.count, words=words))
     _initialize(company)
     return spec
@@ -95,6 +96,7 @@ def _common(spec: RunSpec) -> RunSpec:
 def _facts(spec: RunSpec) -> dict[str, Any]:
     """What must be the same in all processes; of each leaf a digest, not its value."""
     versions = {"python": sys.version.split()[0], "runner": __version__}
+    versions["cpu vector width"] = str(read_vector())
     for name in _COMPARED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -153,6 +155,7 @@ def _split(
     company: Company,
     spec: RunSpec,
     mine: contextlib.ExitStack,
+    words: Path,
     *,
     complain: Callable[[str], None],
     close: Callable[[Path, str], None],
@@ -164,13 +167,17 @@ def _split(
     if child:
         theirs.close()
         heartbeat = spec.mesh.heartbeat_timeout
-        watch = Supervisor(company, child=child, wire=Wire(ours), heartbeat=heartbeat)
-        code = watch.run()
+        watch = Supervisor(
+            company, child=child, wire=Wire(ours), words=words, heartbeat=heartbeat
+        )
+        code, line = watch.run(), ""
         if watch.fault is not None:
             line = watch.say(watch.fault)
             if watch.directory is not None and not company.place.index:
                 close(watch.directory, line)
             complain(f"error: {line}")
+        if str(words) not in line:
+            words.unlink(missing_ok=True)
         mine.close()
         _flush()
         os._exit(code)
@@ -183,17 +190,21 @@ def _split(
     return Wire(theirs)
 
 
-def _keep_words(place: Place) -> Path:
+def _make_words() -> tuple[int, Path]:
+    number, path = tempfile.mkstemp(prefix="runner-", suffix=".log")
+    return number, Path(path)
+
+
+def _keep_words(place: Place, number: int) -> None:
     """What C++ writes to stdout and stderr goes to a file; Python's words do where
     there is no terminal.
     """
-    number, path = tempfile.mkstemp(prefix="runner-", suffix=".log")
     for name, old in (("stdout", 1), ("stderr", 2)):
         said = os.dup(number if place.is_launched else old)
         os.dup2(number, old)
-        setattr(sys, name, os.fdopen(said, "w", buffering=1))
+        errors = getattr(sys, name).errors
+        setattr(sys, name, os.fdopen(said, "w", buffering=1, errors=errors))
     os.close(number)
-    return Path(path)
 
 
 def _initialize(company: Company) -> None:

@@ -103,7 +103,7 @@ class Connected(Peers):
         self._gone: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._stop, self._fault = "", None  # type: str, PeerLostError | None
         self._close: Callable[[str], None] | None = None
-        self._ended = False
+        self._ended = self._stopping = False
         self._lock = threading.Lock()  # one thread closes the record
         threading.Thread(target=self._hear, name="peers", daemon=True).start()
 
@@ -120,6 +120,9 @@ class Connected(Peers):
         self._await(self._gone)
 
     def stop_reason(self) -> str:
+        if self._stop and not self._stopping:
+            self._stopping = True
+            self._send(stopping=1)
         return self._stop
 
     def begin(self, directory: Path) -> None:
@@ -130,16 +133,15 @@ class Connected(Peers):
             log.write(self._words.read_bytes())
             for number in (1, 2):
                 os.dup2(log.fileno(), number)
-        self._words.unlink(missing_ok=True)
-        self._send(training=str(directory))
+        self._send(training=str(directory.resolve()))
 
     def end(self) -> None:
         import jax
 
         if self._ended:
             return
+        self.meet()  # JAX gives the others 15 s to come; the record may take longer
         jax.distributed.shutdown()
-        self._words.unlink(missing_ok=True)
         self._send(ended=1)
         self._ended = True
 

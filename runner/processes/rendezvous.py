@@ -255,22 +255,17 @@ def _welcome(said: list[dict[str, Any]]) -> dict[str, Any]:
 def _share_devices(
     mine: Mapping[str, Any], said: list[dict[str, Any]]
 ) -> list[int] | None:
-    """Processes on one host that see the same accelerators take one each, in order."""
+    """Processes on one host that see the same accelerators take one each, in order.
+
+    Where JAX_LOCAL_DEVICE_IDS says what one takes, that holds.
+    """
     beside = [
         hello["process"]
         for hello in said
         if (hello["host"], hello["visible"]) == (mine["host"], mine["visible"])
     ]
-    if len(beside) == 1:
+    if len(beside) == 1 or mine["visible"].get("JAX_LOCAL_DEVICE_IDS"):
         return None
-    asked = mine["visible"].get("JAX_LOCAL_DEVICE_IDS")
-    if asked:
-        raise ConfigError(
-            _PATH,
-            f"processes {', '.join(map(str, beside))} on {mine['host']} would take "
-            f"the same devices (JAX_LOCAL_DEVICE_IDS={asked})",
-            fix="Give each its own, or leave it out: then each takes one",
-        )
     return [beside.index(mine["process"])]
 
 

@@ -12,7 +12,7 @@ import select
 import signal
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = ["Fault", "Supervisor"]
 
 _PATIENCE = 5.0  # seconds that a process has for its record after a fault
 _FAREWELL = 15.0  # seconds that others have to end after this one
+_ANSWER = 60.0  # seconds in which a call must end, so that the run is asked to stop
 _BEAT = 1.0  # seconds between two signs of life
 _BUSY = 3  # times as long may a process itself be silent: it computes
 _INTERRUPTED = 130
@@ -52,14 +53,23 @@ class Supervisor:
         company: The processes.
         child: Process id of the one that is watched.
         wire: To it.
+        words: File that its libraries write to, until there is a run directory.
         heartbeat: Seconds of silence after which another process is lost.
     """
 
     def __init__(
-        self, company: Company, *, child: int, wire: Wire, heartbeat: float
+        self,
+        company: Company,
+        *,
+        child: int,
+        wire: Wire,
+        words: Path,
+        heartbeat: float,
     ) -> None:
         self.company, self.index = company, company.place.index
         self.child, self.wire, self.heartbeat = child, wire, heartbeat
+        self.words = words
+        self.stops: float | None = None  # when it must have begun to stop
         self.wires = dict(company.wires)  # to those that still run
         self.heard = dict.fromkeys((self.index, *self.wires), time.monotonic())
         self.fault: Fault | None = None
@@ -87,7 +97,7 @@ class Supervisor:
         if self.fault is not None:
             return self.fault.code
         assert self.code is not None
-        return self.code
+        return self.code if self.code >= 0 else 128 - self.code
 
     def _is_over(self) -> bool:
         if self.code is None:
@@ -134,6 +144,9 @@ class Supervisor:
             self._declare(Fault(**message["fault"]))
         elif "training" in message and index == self.index:
             self.directory = Path(message["training"])
+            self.words = self.directory / "processes" / f"{self.index}.log"
+        elif "stopping" in message:
+            self.stops = None
         elif "ended" in message:
             self._take_end(index)
         elif self.index == 0:
@@ -162,7 +175,7 @@ class Supervisor:
                 self._tell({"go": 1})
                 self._tell_child({"go": 1})
         elif "stop" in message:
-            self._tell_child(message)
+            self._stop(message)
 
     def _look_after_child(self) -> None:
         if self.code is not None:
@@ -189,9 +202,7 @@ class Supervisor:
         if code >= 0:
             return f"ended with code {code}"
         name = signal.Signals(-code).name
-        words = self.directory and self.directory / "processes" / f"{self.index}.log"
-        where = f"; see {words}" if words else ""
-        return f"was killed by {name} (code {128 - code}){where}"
+        return f"was killed by {name} (code {128 - code}); see {self.words}"
 
     def _lose(self, index: int, what: str) -> None:
         self.wires.pop(index, None)
@@ -199,8 +210,13 @@ class Supervisor:
         self._declare(Fault(index, what, code, is_said=False))
 
     def _declare(self, fault: Fault) -> None:
-        """The first fault holds; it is passed on to everyone once."""
+        """The first fault holds; it is passed on to everyone once.
+
+        What this process says itself in the same words is no one else's.
+        """
         if self.fault is not None:
+            if fault == replace(self.fault, process=self.index):
+                self.fault = fault
             return
         self.fault = fault
         self.ends = time.monotonic() + _PATIENCE
@@ -222,6 +238,8 @@ class Supervisor:
         limits = dict.fromkeys(self.wires, self.heartbeat)
         if self.code is None:
             limits[self.index] = _BUSY * self.heartbeat
+        if self.stops is not None and now > self.stops and self.code is None:
+            self._lose(self.index, f"did not stop within {_ANSWER:g} s")
         for index, limit in limits.items():
             if now - self.heard[index] > limit:
                 self._lose(index, f"was not heard of for {limit:g} s")
@@ -241,7 +259,11 @@ class Supervisor:
         if self.index:
             self._send(0, message)
         else:
-            self._tell_child(message)
+            self._stop(message)
+
+    def _stop(self, message: Mapping[str, Any]) -> None:
+        self.stops = self.stops or time.monotonic() + _ANSWER
+        self._tell_child(message)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
         for index in list(self.wires):

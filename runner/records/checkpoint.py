@@ -23,7 +23,15 @@ from runner.records.digests import digest_file, digest_plain
 from runner.records.files import sync, write_atomically
 from runner.records.metrics import Written
 
-__all__ = ["FOLDER", "ITEM", "Checkpoints", "Saved", "open_manager", "save_parts"]
+__all__ = [
+    "FOLDER",
+    "ITEM",
+    "Checkpoints",
+    "Saved",
+    "open_manager",
+    "save_parts",
+    "told",
+]
 
 FOLDER = "checkpoints"
 ITEM = "default"  # as `orbax.checkpoint.CheckpointManager` calls what it saves
@@ -85,7 +93,7 @@ class Checkpoints:
         self._saved = {step: each.objective for step, each in saved.items()}
         if not self._directory.is_dir():
             return
-        with _told():
+        with told():
             _clear(self._directory, self._saved)
             for step, each in saved.items():
                 path, text = self._directory / f"{step}.json", _spell(each)
@@ -108,7 +116,7 @@ class Checkpoints:
         self._wait()
         if step in self._saved:
             return  # a state is a function of its step
-        with _told():
+        with told():
             self._refuse_full_disk(state)
             self._start(step, state)
         saved = Saved(self._run_id, step, objective, dict(written), {})
@@ -130,7 +138,7 @@ class Checkpoints:
         finally:
             self._worker.shutdown()
             if self._manager is not None:
-                with _told():
+                with told():
                     self._manager.close()
 
     def _start(self, step: int, state: Mapping[str, Any]) -> None:
@@ -140,7 +148,7 @@ class Checkpoints:
 
     def _complete(self, saved: Saved) -> None:
         """In the background: waits for Orbax, then vouches for what it wrote."""
-        with _told():
+        with told():
             self._manager.wait_until_finished()
             folder = self._directory / str(saved.step)
             files = _digest_folder(folder)
@@ -179,7 +187,7 @@ def open_manager(directory: Path) -> Any:
     """Orbax's manager; where several processes save, all of them open it together."""
     import orbax.checkpoint as ocp
 
-    for name in ("absl", "asyncio"):  # hundreds of lines on what `_told` says
+    for name in ("absl", "asyncio"):  # hundreds of lines on what `told` says
         logging.getLogger(name).setLevel(logging.CRITICAL)
     options = ocp.CheckpointManagerOptions()
     return ocp.CheckpointManager(directory.resolve(), options=options)
@@ -228,7 +236,7 @@ def _clear(directory: Path, saved: Mapping[int, Any]) -> None:
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
+def told() -> Iterator[None]:
     """What Orbax and the disk say, in one line."""
     try:
         yield

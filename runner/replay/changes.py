@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from runner.errors import ConfigError, did_you_mean
+from runner.parse import to_plain
 from runner.records.record import Record
 from runner.records.secrets import SECRET, Secrets, find_secrets
-from runner.spec import RunSpec, Strategy, parse_spec
+from runner.spec import DistributedSpec, RunSpec, Strategy, parse_spec
 
 __all__ = ["IN_REPRODUCE", "IN_RESUME", "Changes", "secrets_of", "spec_of"]
 
@@ -58,6 +59,7 @@ def spec_of(
     """
     config: Any = copy.deepcopy(record.config)
     _forget_place(config)
+    _make_place(config, changes or {})
     unknown = dict(_not_held(config))
     may_change = (*may_change, *_of_mesh(config))
     _refuse_changes(config, changes or {}, unknown, may_change)
@@ -112,6 +114,14 @@ def _forget_place(config: Any) -> None:
     distributed = mesh.get("distributed") if isinstance(mesh, dict) else None
     if isinstance(distributed, dict):
         distributed |= {"coordinator_address": None, "process_id": None}
+
+
+def _make_place(config: Any, changes: Changes) -> None:
+    """`mesh.distributed.num_processes=2` of a run that had one process."""
+    named = any(path.startswith("mesh.distributed.") for path in changes)
+    mesh = config.get("mesh")
+    if named and isinstance(mesh, dict) and mesh.get("distributed") is None:
+        mesh["distributed"] = to_plain(DistributedSpec(num_processes=1))
 
 
 def _of_mesh(config: Any) -> tuple[str, ...]:
