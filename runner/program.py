@@ -332,15 +332,20 @@ class Program:
         return lay_out(self)
 
     @cached_property
-    def calls(self) -> Calls:
-        """The programs, compiled beside each other when first asked for."""
+    def lowered(self) -> tuple[Any, ...]:
+        """The programs before they are compiled, in the order of `Calls`."""
         with trace_flags(self.spec):  # they count while a program is traced
-            lowered = [
+            return (
                 self._lower_setup(),
                 self._lower_train(),
                 self._lower_eval(),
                 self._jit(fingerprint, takes=(self.shardings,)).lower(self.initial),
-            ]
+            )
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The programs, compiled beside each other when first asked for."""
+        lowered = self.lowered
         with ThreadPoolExecutor() as pool:
             return Calls(*pool.map(lambda each: each.compile(), lowered))
 

@@ -8,10 +8,12 @@ a directory is claimed that no other run has.
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.cli.secrecy import keep_secret
@@ -37,6 +39,7 @@ class Gate(Callback):
 
     prepared: "Prepared | None" = None
     is_reached = False  # what was raised before is about the command line
+    ended: ClassVar[list[JobReturn]] = []  # jobs of a sweep, by whatever launcher
 
     def on_run_start(self, config: DictConfig, **_: Any) -> None:
         """Prepares the run, then claims its directory.
@@ -48,6 +51,7 @@ class Gate(Callback):
         from runner.records.files import claim_directory
 
         Gate.is_reached = True
+        _refuse_launcher(config)
         # Hydra's own logging still stands here, and prints which backends JAX lacks.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
@@ -65,6 +69,11 @@ class Gate(Callback):
             raise Refused(error) from error
         with read_write(config.hydra.run):
             config.hydra.run.dir = str(directory)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """Keeps what came of a job: Hydra raises the first error alone."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            Gate.ended.append(job_return)
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Takes secrets out of what Hydra writes as `multirun.yaml`.
@@ -90,6 +99,24 @@ class Gate(Callback):
                         fix="Put it into the environment, and say ${oc.env:NAME}",
                     )
                 )
+
+
+def _refuse_launcher(config: DictConfig) -> None:
+    """Hydra has no use for a launcher without `-m`, and says nothing.
+
+    Raises:
+        Refused: it was asked for on the command line.
+    """
+    named = [o for o in config.hydra.overrides.hydra if o.startswith("hydra/launcher=")]
+    if "hydra/launcher=vectorized" in named:
+        raise Refused(
+            ConfigError(
+                "hydra/launcher",
+                "vectorized launches sweeps, and this is a single run",
+                got="vectorized",
+                fix="Say -m, or leave it out",
+            )
+        )
 
 
 def _job_config(config: DictConfig) -> DictConfig:

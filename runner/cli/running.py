@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from runner.recording import Recorded
 
 __all__ = [
+    "INTERRUPTED",
     "claim_new",
     "conclude",
     "keep_log",
@@ -31,7 +32,7 @@ __all__ = [
     "stop_on_signals",
 ]
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 _STOPPED = "stopped by the user"
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"  # as Hydra's job_logging/runner.yaml
 
@@ -40,7 +41,7 @@ def conclude(recorded: "Recorded", directory: Path) -> None:
     """Says where the run is, and leaves with what its status asks for."""
     print_last(str(directory))
     if recorded.status == "interrupted":
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
     if recorded.status == "failed":
         raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import JobStatus
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from runner.hazards.find import Hazard
     from runner.program import Compiled
 
-__all__ = ["Prepared", "main", "prepare"]
+__all__ = ["Prepared", "main", "prepare", "run_as_job"]
 
 _FLAGS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn"),
@@ -50,7 +51,7 @@ def main(args: list[str]) -> int:
     """Hands the command line to Hydra; its errors come back as one line."""
     app = hydra.main(
         version_base=HYDRA_VERSION_BASE, config_path=str(CONF_DIR), config_name="config"
-    )(_job)
+    )(run_as_job)
     sys.argv = ["runner", *_flags_first(args)]
     try:
         with _full_errors():
@@ -58,12 +59,29 @@ def main(args: list[str]) -> int:
     except Refused as refused:
         raise refused.error from None
     except RunnerError as error:  # of a sweep's job; Hydra ran the others, too
-        raise RunFailedError(str(error)) from error
+        raise RunFailedError(_name_failed() or str(error)) from error
     except Exception as error:
+        if failed := _name_failed():
+            raise RunFailedError(failed) from error
         if Gate.is_reached and not isinstance(error, _HYDRAS):
             raise
         raise refusal_of(error, args) from error
     return 0
+
+
+def _name_failed() -> str:
+    """Every job of a sweep that failed, and why; empty where none did."""
+    failed = {
+        int(job.hydra_cfg.hydra.job.num): job
+        for job in Gate.ended
+        if job.status is JobStatus.FAILED and job.hydra_cfg is not None
+    }
+    lines = [f"{len(failed)} of {len(Gate.ended)} jobs failed:"]
+    for number, job in sorted(failed.items()):
+        error = job._return_value  # `return_value` would raise it
+        said = str(error) or type(error).__name__
+        lines.append(f"job {number} ({' '.join(job.overrides or ())}): {said}")
+    return "\n".join(lines) if failed else ""
 
 
 def _flags_first(args: list[str]) -> list[str]:
@@ -93,7 +111,7 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
     return Prepared(composed, *program)
 
 
-def _job(config: DictConfig) -> float | None:
+def run_as_job(config: DictConfig) -> float | None:
     """One job; its mistakes pass by Hydra, unless there are other jobs to run."""
     Gate.is_reached = True
     try:

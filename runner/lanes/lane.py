@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One run of several that share their compiled programs.
+
+    lane(spec) = program, with the seeds, numbers and order of rows of `spec`
+
+All that a lane does not share enters the compiled program as an input, so a lane has
+the keys, and where it is called by itself the bits, of the run alone.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from runner.compile import load_rows, make_order
+from runner.hypers import find_hypers
+from runner.keys import KeyPlan, plan_keys
+from runner.program import Calls, Program
+from runner.spec import RunSpec
+
+__all__ = ["Executable", "Lane", "make_lane"]
+
+
+class Executable:
+    """The compiled programs of a group; whoever asks first compiles them.
+
+    Args:
+        program: The run that they are compiled for.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._lock = threading.Lock()
+
+    @property
+    def calls(self) -> Calls:
+        """The programs; others who ask wait for the one who compiles."""
+        with self._lock:
+            return self.program.calls
+
+    @property
+    def window(self) -> int:
+        """Most steps in one call of them."""
+        return self.program.window
+
+
+@dataclass(frozen=True, eq=False)
+class Lane(Program):
+    """A run whose compiled programs are others', too.
+
+    Args:
+        executable: They.
+        call: What is called in place of them, given the programs themselves.
+    """
+
+    executable: Executable = field(kw_only=True)
+    call: Callable[[Calls], Calls] = field(kw_only=True, default=lambda calls: calls)
+
+    @property
+    def calls(self) -> Calls:
+        """The programs of the group."""
+        return self.call(self.executable.calls)
+
+    @property
+    def window(self) -> int:
+        """Most steps in one call: also more than the run takes."""
+        return self.executable.window
+
+
+def make_lane(program: Program, spec: RunSpec, executable: Executable) -> Lane:
+    """A run that differs from another one in the inputs of its program alone.
+
+    Args:
+        program: The other run.
+        spec: What is asked for; as `runner.lanes.groups` finds, of the same family.
+        executable: The programs that it is run by.
+    """
+    plan = plan_keys(spec.rng, axes=spec.mesh.axes)
+    data = program.data
+    if _split_seed(spec, plan) != _split_seed(program.spec, program.plan):
+        data = load_rows(spec, plan)
+    found: dict[str, Any] = find_hypers(spec)
+    return Lane(
+        spec=spec,
+        plan=plan,
+        data=data,
+        order=make_order(spec, plan, rows=len(data.x_train)),
+        model=program.model,
+        hypers={path: found[path] for path in program.hypers},
+        baked=program.baked,
+        traces=program.traces,
+        seeds=program.seeds,
+        keys=program.keys,
+        layout=program.layout,
+        executable=executable,
+    )
+
+
+def _split_seed(spec: RunSpec, plan: KeyPlan) -> int | None:
+    """What chooses the test rows; None where the source has a split of its own."""
+    name = getattr(spec.data, "split", None)
+    return plan.stream(name).seed if name else None
