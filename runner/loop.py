@@ -97,8 +97,7 @@ class _Loop:
         self.train_data = place(Batch(data.x_train, data.y_train))
         self.test_data = place(Batch(data.x_test, data.y_test))
         self.pending: deque[_Call] = deque()
-        per_call = program.spec.train.steps_per_call
-        self.pace = Pace(most=program.window, fixed=per_call != "auto")
+        self.pace = Pace(most=program.window, fixed=not program.is_paced)
         self.batches = Batches(program.order, start)
         self.best = Best(program.spec, start)
         self.saves = Saves(program.spec)

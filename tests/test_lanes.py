@@ -160,7 +160,7 @@ def test_lanes_beside_each_other_are_the_runs_alone(
         for n, more in enumerate(differ)
     }
     tasks = [
-        (n, partial(record, lane, tmp_path / "lanes" / str(n)))
+        [(n, partial(record, lane, tmp_path / "lanes" / str(n)))]
         for n, lane in lanes_of(specs).items()
     ]
     together = dict(run_beside(tasks, workers=2))
@@ -199,7 +199,7 @@ def test_what_a_task_raises_ends_no_other() -> None:
     def fail() -> None:
         raise ValueError("no")
 
-    tasks: list[Any] = [("a", fail), ("b", lambda: 2), ("c", lambda: 3)]
+    tasks: list[Any] = [[("a", fail), ("b", lambda: 2)], [("c", lambda: 3)]]
     ended = dict(run_beside(tasks, workers=2))
     assert str(ended.pop("a")) == "no"
     assert ended == {"b": 2, "c": 3}
@@ -207,11 +207,13 @@ def test_what_a_task_raises_ends_no_other() -> None:
 
 def test_tasks_are_named_as_they_end_and_run_beside_each_other() -> None:
     both = threading.Barrier(2, timeout=30)
-    tasks: list[Any] = [
-        ("slow", lambda: (both.wait(), time.sleep(0.2))),
-        ("quick", both.wait),
-    ]
-    assert [name for name, _ in run_beside(tasks, workers=2)] == ["quick", "slow"]
+    slow = ("slow", lambda: (both.wait(), time.sleep(0.2)))
+    quick = ("quick", both.wait)
+    beside, at_once = [[slow], [quick]], [[slow, quick]]
+    tasks: list[Any]
+    for tasks, workers in ((beside, 2), (at_once, 1)):
+        ended = [name for name, _ in run_beside(tasks, workers=workers)]
+        assert ended == ["quick", "slow"]
 
 
 def test_workers_are_no_more_than_lanes_and_what_the_user_says() -> None:

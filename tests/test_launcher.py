@@ -11,14 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from hydra_plugins.runner._compose import compose_once
 from runner import CONF_DIR
+from runner.cli.composing import compose_once
 
 LANES = "hydra/launcher=vectorized"
 SHORT = (
@@ -112,6 +113,62 @@ def test_one_lane_reproduces_alone(sweeps: dict[str, Any], runner: Any) -> None:
     ran = runner("reproduce", str(sweeps["cwd"] / "vectorized" / "3"))
     assert ran.returncode == 0, ran.stderr
     assert "verdict: bit-exact (promised bit-exact: kept)" in ran.stdout
+
+
+def test_lanes_together_keep_the_keys(runner: Any, tmp_path: Path) -> None:
+    """By vmap, in batches, in directories that the user names."""
+    words = (
+        *("-m", *SHORT, "seed=4,5,6", LANES, "hydra.launcher.mode=vmap"),
+        *("hydra.sweep.dir=s", "hydra.sweeper.max_batch_size=2"),
+        "hydra.sweep.subdir=n${hydra.job.num}_seed${seed}",
+    )
+    ran = runner(*words)
+    assert ran.returncode == 0, ran.stderr
+    names = ["n0_seed4", "n1_seed5", "n2_seed6"]
+    paths = [tmp_path / "s" / name for name in names]
+    found = [json.loads((path / "run.json").read_text()) for path in paths]
+    assert [each["sweep"]["mode"] for each in found] == ["vmap", "vmap", "job"]
+    assert [each["sweep"]["lane"] for each in found] == [0, 1, 2]
+    levels = [each["guarantee"]["level"] for each in found]
+    assert levels == ["key-exact", "key-exact", "bit-exact"]
+    assert "by vmap: after 8 steps" in str(found[0]["guarantee"]["reasons"])
+    again = runner("reproduce", str(paths[1]))
+    assert "verdict: key-exact (promised key-exact: kept)" in again.stdout
+    assert "it was computed with other lanes by vmap" in again.stdout
+
+
+def test_each_job_can_have_a_working_directory(runner: Any, tmp_path: Path) -> None:
+    """What a job reads by a relative path is its own; such jobs run one by one."""
+    for n in range(2):
+        rows = {k: np.full((40, 2), n + 1, "f4") for k in ("x", "y")}
+        (tmp_path / "s" / str(n)).mkdir(parents=True)
+        np.savez(tmp_path / "s" / str(n) / "mine.npz", **rows)
+    words = (
+        *("-m", "task=regression", "model.num_outputs=2", "model.features=[4]"),
+        *("data=arrays", "data.path=mine.npz", "data.batch_size=8", "train.steps=3"),
+        *("seed=0,1", "sinks=none", "hydra.sweep.dir=s", "hydra.job.chdir=true", LANES),
+    )
+    ran = runner(*words)
+    assert ran.returncode == 0, ran.stderr
+    found = manifests(tmp_path / "s")
+    assert found[0]["digests"]["data"] != found[1]["digests"]["data"]
+
+
+def test_plan_shows_groups_and_why_there_is_more_than_one(runner: Any) -> None:
+    words = ("seed=0,1", "model.features=[32],[8]", "model.dropout_rate=0.1,2")
+    ran = runner("plan", "-m", "--json", *SHORT, *words)
+    assert ran.returncode == 2  # half of them can't be made
+    document = json.loads(ran.stdout)
+    assert [group["jobs"] for group in document["groups"]] == [[0, 2], [4, 6]]
+    assert [group["lanes"] for group in document["groups"]] == [True, True]
+    assert document["groups"][0]["differ"] == ["seed", "rng.seed"]
+    assert document["groups"][1]["why"] == "model.features[0] (8, not 32)"
+    wrong = [job["number"] for job in document["jobs"] if job["error"]]
+    assert wrong == [1, 3, 5, 7]
+    assert document["jobs"][4]["group"] == 1
+    said = runner("plan", "-m", *SHORT, *words).stdout
+    assert "8 jobs, 2 compiled programs" in said
+    assert "model.features[0] (8, not 32)" in said
 
 
 # --- jobs that fail

@@ -16,9 +16,10 @@ from hydra.core.utils import (
 from omegaconf import open_dict
 
 from runner.cli.gate import Refused
-from runner.cli.lanes import Options, launch_lanes
+from runner.cli.lanes import launch_lanes
 from runner.cli.train import run_as_job
 from runner.errors import ConfigError
+from runner.lanes.mode import Options
 
 if TYPE_CHECKING:
     from hydra_plugins.runner.vectorized import VectorizedLauncher
@@ -33,7 +34,7 @@ def launch(
 ) -> list[JobReturn]:
     """Runs the runner's own jobs as lanes, and those of any other one by one."""
     try:
-        options = Options(launcher.mode, launcher.max_lanes)
+        options = Options.parse(launcher.mode, launcher.max_lanes)
     except ConfigError as error:
         raise Refused(error) from error
     setup_globals()

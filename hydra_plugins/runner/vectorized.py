@@ -50,9 +50,9 @@ class VectorizedLauncher(Launcher):
         config: DictConfig,
     ) -> None:
         """Keeps what a job is made from; the sweeper composes each job, too."""
-        from hydra_plugins.runner import _compose
+        from runner.cli.composing import compose_once
 
-        _compose.compose_once(hydra_context.config_loader)
+        compose_once(hydra_context.config_loader)
         self.context, self.function, self.config = hydra_context, task_function, config
 
     def launch(

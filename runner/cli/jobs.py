@@ -49,6 +49,7 @@ class Job:
         hazards: What was found in it.
         resumption: Where it goes on, if it was launched before.
         logging: `hydra.job_logging`, resolved.
+        mode: How it is computed: `map`, `vmap`, or `job` by itself.
     """
 
     number: int
@@ -60,6 +61,7 @@ class Job:
     hazards: "tuple[Hazard, ...]" = ()
     resumption: "Resumption | None" = None
     logging: dict[str, Any] = field(default_factory=dict)
+    mode: str = "job"
 
     @property
     def composed(self) -> Composed:

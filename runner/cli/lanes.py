@@ -9,10 +9,10 @@ callbacks, its place in `HydraConfig`.
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.utils import JobReturn, JobStatus, env_override, filter_overrides
@@ -26,52 +26,23 @@ from runner.cli.job_logs import JobLogs
 from runner.cli.jobs import Job, compose_job, read_earlier, standing_in
 from runner.cli.running import INTERRUPTED, stop_on_signals
 from runner.determinism import settle_backend
-from runner.errors import ConfigError, RecordError, RunFailedError, did_you_mean
+from runner.errors import ConfigError, RecordError, RunFailedError
+from runner.lanes.mode import Mode, Options
 from runner.records.files import claim_directory
-from runner.spec import TerminalSpec
+from runner.spec import Determinism, RunSpec, TerminalSpec
 
 if TYPE_CHECKING:
+    from runner.lanes.choose import Chosen
     from runner.lanes.groups import Group
+    from runner.lanes.lane import Executable
     from runner.recording import Recorded
 
-__all__ = ["Mode", "Options", "launch_lanes"]
+__all__ = ["launch_lanes"]
 
 _log = logging.getLogger("runner")
 _DONE_BEFORE = "launched before"
-
-
-class Mode(StrEnum):
-    """How the lanes of a group are computed."""
-
-    AUTO = "auto"
-    MAP = "map"
-
-
-@dataclass(frozen=True)
-class Options:
-    """`hydra.launcher` of a sweep.
-
-    Args:
-        mode: How lanes are computed.
-        max_lanes: How many are in memory at a time; None finds out.
-    """
-
-    mode: str = "auto"
-    max_lanes: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.mode not in set(Mode):
-            raise ConfigError(
-                "hydra.launcher.mode",
-                "not a choice",
-                got=self.mode,
-                allowed=f"Choices: {', '.join(Mode)}",
-                fix=did_you_mean(self.mode, list(Mode)),
-            )
-        if self.max_lanes is not None and self.max_lanes < 1:
-            raise ConfigError(
-                "hydra.launcher.max_lanes", "must be at least 1", got=self.max_lanes
-            )
+_Batch = list[tuple[Job, Callable[[], Any]]]
+_Batches = list[_Batch]
 
 
 class _Sweep:
@@ -119,30 +90,47 @@ class _Sweep:
         job.checked = read_composed(config, choices=choices)
         settle_backend(job.spec)
 
-    def _group(self) -> "tuple[Group, ...]":
+    def _group(self) -> "list[Group]":
         """Traces what is to be compiled, and gives each job its program."""
         from runner.lanes.groups import group_runs
-        from runner.lanes.lane import Executable, make_lane
         from runner.platforms import set_compile_cache
 
-        jobs = {job.number: job for job in self.jobs if job.is_open}
-        for job in jobs.values():
-            set_compile_cache(job.spec.train.compile_cache)
-        grouping = group_runs({n: job.spec for n, job in jobs.items()})
-        for number, error in grouping.errors.items():
-            with self._standing_in(jobs[number]):
-                self._end(jobs[number], error)
-        for group in grouping.groups:
+        groups: list[Group] = []
+        alike: dict[Any, list[Job]] = {}
+        for job in self.jobs:
+            if job.is_open:
+                where = job.number if job.changes_directory else None
+                alike.setdefault((job.environment, where), []).append(job)
+        for jobs in alike.values():  # a model's code may look at either
+            set_compile_cache(jobs[0].spec.train.compile_cache)
+            with standing_in(jobs[0]):
+                grouping = group_runs({job.number: job.spec for job in jobs})
+            groups += grouping.groups
+            for job in jobs:
+                if job.number in grouping.errors:
+                    with self._standing_in(job):
+                        self._end(job, grouping.errors[job.number])
+        self._make_programs(groups)
+        return groups
+
+    def _make_programs(self, groups: "list[Group]") -> None:
+        from runner.lanes.lane import Executable, make_lane
+
+        jobs = {job.number: job for job in self.jobs}
+        executables = []
+        for group in groups:
             if group.alone is not None:
                 jobs[group.numbers[0]].program = group.alone
                 continue
             executable = Executable(group.families[0].program)
+            executables.append(executable)
             for family in group.families:
                 for number in family.numbers:
                     spec = jobs[number].spec
                     lane = make_lane(family.program, spec, executable)
                     jobs[number].program = lane
-        return grouping.groups
+        # Compiling takes longer than what is left to be looked at before the start.
+        Thread(target=_compile_all, args=(executables,), daemon=True).start()
 
     def _open(self, job: Job) -> None:
         """Looks for hazards, and takes the directory; the run can begin."""
@@ -152,6 +140,8 @@ class _Sweep:
         job.hazards = find_hazards(job.made)
         refuse_hazards(job.hazards, allow=job.spec.rng.allow)
         refuse_below_strict(job.made)
+        if self.options.mode is Mode.VMAP:
+            _refuse_strict(job.spec)
         if (job.directory / "run.json").is_file():
             self._take_up(job)
         else:
@@ -184,62 +174,111 @@ class _Sweep:
             raise RecordError(f"{job.directory}: {what}. Delete it to run it again.")
         job.resumption = find_resumption(record, job.program)
 
-    def _run(self, groups: "tuple[Group, ...]", stop: Callable[[], str]) -> None:
-        from runner.lanes.pool import count_workers, run_beside
-
-        jobs = {job.number: job for job in self.jobs if job.is_open}
-        modes = {
-            n: "map" if len(g.numbers) > 1 else "job" for g in groups for n in g.numbers
-        }
-        beside: dict[Any, list[Job]] = {}
-        alone: list[Job] = []
-        for number in (n for group in groups for n in group.numbers if n in jobs):
-            job = jobs[number]
-            is_lane = not job.changes_directory and not self._takes_all(job)
-            (beside.setdefault(job.environment, []) if is_lane else alone).append(job)
-        for environment, lanes in beside.items():
-            workers = count_workers(len(lanes), most=self.options.max_lanes)
-            tasks = [
-                (job, partial(self._train, job, modes[job.number], stop))
-                for job in lanes
-            ]
-            with env_override(dict(environment)):
-                for job, recorded in run_beside(tasks, workers=workers):
-                    with self._standing_in(job):
-                        self._end(job, recorded)
-        for job in alone:
-            self._attempt(
-                job, lambda job: self._end(job, self._train(job, "job", stop))
-            )
-
-    @staticmethod
-    def _takes_all(job: Job) -> bool:
+    def _run(self, groups: "list[Group]", stop: Callable[[], str]) -> None:
         from runner.lanes.lane import Lane
 
-        return not isinstance(job.program, Lane)
+        jobs = {job.number: job for job in self.jobs if job.is_open}
+        beside: dict[Any, list[list[Job]]] = {}
+        alone: list[Job] = []
+        for group in groups:
+            members = [jobs[n] for n in group.numbers if n in jobs]
+            if not members:
+                continue
+            first = members[0]
+            if first.changes_directory or not isinstance(first.program, Lane):
+                alone += members
+            else:
+                beside.setdefault(first.environment, []).append(members)
+        for environment, sharing in beside.items():
+            with env_override(dict(environment)):
+                self._run_lanes(sharing, stop)
+        for job in alone:
+            self._attempt(job, lambda job: self._end(job, self._train(job, stop)))
 
-    def _train(self, job: Job, mode: str, stop: Callable[[], str]) -> "Recorded | None":
-        """Runs a job, in any thread; None where the sweep was stopped before."""
+    def _run_lanes(self, sharing: list[list[Job]], stop: Callable[[], str]) -> None:
+        """Runs jobs of one environment, each list of which shares its programs."""
+        from runner.lanes.choose import choose, why_not_together
+        from runner.lanes.pool import count_workers, run_beside
+
+        most = self.options.max_lanes
+        workers = count_workers(
+            sum(map(len, sharing)), most=most, each=max(map(_bytes_of, sharing))
+        )
+        single: _Batches = []
+        stacked: list[tuple[_Batches, int]] = []
+        for jobs in sharing:
+            lanes: list[Any] = [job.program for job in jobs]
+            chosen = choose(lanes, mode=self.options.mode, workers=workers, most=most)
+            for job in jobs:
+                job.mode = str(chosen.mode) if len(jobs) > 1 else "job"
+            if self.options.mode is Mode.VMAP and job.mode == Mode.MAP:
+                why = why_not_together(lanes)
+                _log.warning("hydra.launcher.mode: map, not vmap, since %s", why)
+            if chosen.mode is Mode.MAP:
+                single += [[(job, partial(self._train, job, stop))] for job in jobs]
+            else:
+                batches = list(self._stack(jobs, chosen, stop))
+                stacked.append((batches, chosen.workers))
+        for batches, threads in [(single, workers), *stacked]:
+            for job, recorded in run_beside(batches, workers=threads):
+                with self._standing_in(job):
+                    self._end(job, recorded)
+
+    def _stack(
+        self, jobs: list[Job], chosen: "Chosen", stop: Callable[[], str]
+    ) -> "Iterator[_Batch]":
+        """Jobs that are computed together, as many at a time as their programs take."""
+        from runner.lanes.together import Together
+
+        assert chosen.stacked is not None
+        width = chosen.stacked.width
+        for i in range(0, len(jobs), width):
+            some = jobs[i : i + width]
+            together = Together(chosen.stacked, lanes=len(some), why=chosen.why)
+            batch: _Batch = []
+            for lane, job in enumerate(some):
+                program: Any = job.program
+                job.program = replace(program, place=together.place(lane))
+                task = partial(self._train, job, stop, partial(together.leave, lane))
+                batch.append((job, task))
+            yield batch
+
+    def _train(
+        self,
+        job: Job,
+        stop: Callable[[], str],
+        leave: Callable[[], None] = lambda: None,
+    ) -> "Recorded | None":
+        """Runs a job, in any thread; None where the sweep was stopped before.
+
+        Args:
+            job: The job.
+            stop: Says why to stop.
+            leave: Called at its end, for lanes that wait for each other.
+        """
         from runner.recording import record_run
         from runner.sinks.base import make_sinks
 
-        if stop():
-            return None
-        with self.logs.of(job.logging):
-            return record_run(
-                job.made,
-                directory=job.directory,
-                secrets=job.composed.secrets,
-                hazards=job.hazards,
-                sweep=self._place(job, mode),
-                resumption=job.resumption,
-                stop=stop,
-                sinks=make_sinks(self._sinks(job)),
-            )
+        try:
+            if stop():
+                return None
+            with self.logs.of(job.logging):
+                return record_run(
+                    job.made,
+                    directory=job.directory,
+                    secrets=job.composed.secrets,
+                    hazards=job.hazards,
+                    sweep=self._place(job),
+                    resumption=job.resumption,
+                    stop=stop,
+                    sinks=make_sinks(self._sinks(job)),
+                )
+        finally:
+            leave()
 
-    def _place(self, job: Job, mode: str) -> dict[str, Any]:
-        sweep = str(job.config.hydra.sweep.dir)
-        return {"id": sweep, "lane": job.number, "lanes": len(self.jobs), "mode": mode}
+    def _place(self, job: Job) -> dict[str, Any]:
+        sweep, lanes = str(job.config.hydra.sweep.dir), len(self.jobs)
+        return {"id": sweep, "lane": job.number, "lanes": lanes, "mode": job.mode}
 
     def _sinks(self, job: Job) -> Any:
         """Those of the run, without a display: there are other lanes beside it."""
@@ -291,6 +330,31 @@ class _Sweep:
     def _standing_in(self, job: Job) -> Iterator[None]:
         with standing_in(job), self.logs.of(job.logging):
             yield
+
+
+def _compile_all(executables: "list[Executable]") -> None:
+    with contextlib.suppress(Exception):  # whoever needs it is told
+        for executable in executables:
+            _ = executable.calls
+
+
+def _refuse_strict(spec: RunSpec) -> None:
+    if spec.determinism is Determinism.STRICT:
+        raise ConfigError(
+            "determinism",
+            "a bit-exact run is asked for, and lanes under vmap round otherwise",
+            got=str(spec.determinism),
+            fix="Set hydra.launcher.mode=map",
+        )
+
+
+def _bytes_of(jobs: list[Job]) -> int:
+    """Of the state of one of the lanes."""
+    import jax
+
+    program: Any = jobs[0].program
+    leaves = jax.tree.leaves(program.initial)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 
 def launch_lanes(

@@ -20,7 +20,7 @@ from runner.probe.probe import Probe
 from runner.program import Program
 from runner.spec import ClassificationSpec, RunSpec
 
-__all__ = ["Family", "Group", "Grouping", "explain", "group_runs"]
+__all__ = ["Family", "Group", "Grouping", "explain", "find_differing", "group_runs"]
 
 _MOST_REASONS = 3
 
@@ -195,6 +195,13 @@ def explain(group: Group, first: Group) -> str:
     ]
     more = len(differing) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more else "")
+
+
+def find_differing(specs: Collection[RunSpec]) -> tuple[str, ...]:
+    """Config paths of the leaves that are not the same in all of some runs."""
+    flat = [dict(_leaves(to_plain(spec))) for spec in specs]
+    paths = dict.fromkeys(path for each in flat for path in each)
+    return tuple(p for p in paths if any(e.get(p) != flat[0].get(p) for e in flat))
 
 
 def _spell(value: Any) -> str:

@@ -8,9 +8,8 @@ the keys, and where it is called by itself the bits, of the run alone.
 """
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from runner.compile import load_rows, make_order
 from runner.hypers import find_hypers
@@ -18,7 +17,7 @@ from runner.keys import KeyPlan, plan_keys
 from runner.program import Calls, Program
 from runner.spec import RunSpec
 
-__all__ = ["Executable", "Lane", "make_lane"]
+__all__ = ["Executable", "Lane", "Place", "make_lane"]
 
 
 class Executable:
@@ -44,27 +43,54 @@ class Executable:
         return self.program.window
 
 
+class Place(Protocol):
+    """A lane's place among those that are computed together."""
+
+    @property
+    def calls(self) -> Calls:
+        """What stands for the compiled programs; waits for the other lanes."""
+
+    @property
+    def window(self) -> int:
+        """Steps in one call: the same in all lanes."""
+
+    @property
+    def why(self) -> str:
+        """Why its floats are not those of the run alone."""
+
+
 @dataclass(frozen=True, eq=False)
 class Lane(Program):
     """A run whose compiled programs are others', too.
 
     Args:
         executable: They.
-        call: What is called in place of them, given the programs themselves.
+        place: Its place among lanes that are computed together; None where it calls
+            the programs by itself.
     """
 
     executable: Executable = field(kw_only=True)
-    call: Callable[[Calls], Calls] = field(kw_only=True, default=lambda calls: calls)
+    place: Place | None = field(kw_only=True, default=None)
 
     @property
     def calls(self) -> Calls:
         """The programs of the group."""
-        return self.call(self.executable.calls)
+        return (self.place or self.executable).calls
 
     @property
     def window(self) -> int:
         """Most steps in one call: also more than the run takes."""
-        return self.executable.window
+        return (self.place or self.executable).window
+
+    @property
+    def is_paced(self) -> bool:
+        """Lanes that are computed together take as many steps as each other."""
+        return self.place is None and super().is_paced
+
+    @property
+    def rounding(self) -> str:
+        """Why floats may round otherwise than in the run alone."""
+        return self.place.why if self.place else ""
 
 
 def make_lane(program: Program, spec: RunSpec, executable: Executable) -> Lane:
