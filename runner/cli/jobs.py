@@ -19,10 +19,6 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from runner.cli.config import Composed
-from runner.errors import RecordError
-from runner.parse import to_plain
-from runner.records.digests import digest_config
-from runner.records.files import lock_directory, refuse_links
 from runner.spec import RunSpec
 
 if TYPE_CHECKING:
@@ -30,9 +26,8 @@ if TYPE_CHECKING:
     from runner.probe.probe import Probe
     from runner.program import Program
     from runner.recording import Resumption
-    from runner.records.record import Record
 
-__all__ = ["Job", "compose_job", "read_earlier", "standing_in"]
+__all__ = ["Job", "compose_job", "standing_in"]
 
 
 @dataclass
@@ -148,25 +143,3 @@ def standing_in(job: Job) -> Iterator[None]:
         hydra.cfg = before
         if where is not None:
             os.chdir(where)
-
-
-def read_earlier(job: Job) -> "Record":
-    """The record of the same job, launched before; nobody else writes it now.
-
-    Raises:
-        RecordError: it was altered, is another's, or is being written.
-    """
-    from runner.records.record import read_record
-
-    if not lock_directory(job.directory):
-        what = "another process is writing it"
-        raise RecordError(f"{job.directory}: {what}. Wait for it, or stop it.")
-    refuse_links(job.directory)
-    record = read_record(str(job.directory))
-    config = job.composed.secrets.redact(to_plain(job.spec))
-    if digest_config(config) != record.digests["config"]:
-        raise RecordError(
-            f"hydra.sweep.dir: holds another run already (got {str(job.directory)!r}). "
-            "Set hydra.sweep.dir to a new directory, or sweep as before to go on."
-        )
-    return record

@@ -23,13 +23,13 @@ from runner.cli import print_last
 from runner.cli.config import read_composed
 from runner.cli.hydra_files import write_hydra_files
 from runner.cli.job_logs import JobLogs
-from runner.cli.jobs import Job, compose_job, read_earlier, standing_in
+from runner.cli.jobs import Job, compose_job, standing_in
+from runner.cli.opening import open_job
 from runner.cli.running import INTERRUPTED, stop_on_signals
 from runner.determinism import settle_backend
-from runner.errors import ConfigError, RecordError, RunFailedError
+from runner.errors import RunFailedError, in_one_line
 from runner.lanes.mode import Mode, Options
-from runner.records.files import claim_directory
-from runner.spec import Determinism, RunSpec, TerminalSpec
+from runner.spec import TerminalSpec
 
 if TYPE_CHECKING:
     from runner.lanes.choose import Chosen
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 __all__ = ["launch_lanes"]
 
 _log = logging.getLogger("runner")
-_DONE_BEFORE = "launched before"
 _Batch = list[tuple[Job, Callable[[], Any]]]
 _Batches = list[_Batch]
 
@@ -133,46 +132,9 @@ class _Sweep:
         Thread(target=_compile_all, args=(executables,), daemon=True).start()
 
     def _open(self, job: Job) -> None:
-        """Looks for hazards, and takes the directory; the run can begin."""
-        from runner.guarantee import refuse_below_strict
-        from runner.hazards.find import find_hazards, refuse_hazards
-
-        job.hazards = find_hazards(job.made)
-        refuse_hazards(job.hazards, allow=job.spec.rng.allow)
-        refuse_below_strict(job.made)
-        if self.options.mode is Mode.VMAP:
-            _refuse_strict(job.spec)
-        if (job.directory / "run.json").is_file():
-            self._take_up(job)
-        else:
-            claim_directory(job.directory, exact=True, field="hydra.sweep.dir")
-        if job.is_open:
-            write_hydra_files(job.directory, job.composed)
-
-    def _take_up(self, job: Job) -> None:
-        """A job of a sweep that was launched before: done, or to be gone on with.
-
-        Raises:
-            RunnerError: its directory holds another run, or it failed then.
-        """
-        from runner.program import Program
-        from runner.recording import Recorded
-        from runner.replay.resuming import find_resumption
-
-        record = read_earlier(job)
-        status = record.manifest["status"]
-        if status == "failed":
-            reason, where = record.manifest["reason"], job.directory
-            raise RunFailedError(f"run: {reason}. It failed before, see {where}.")
-        if status == "completed":
-            name = f"eval/{job.spec.objective}"
-            objective = record.manifest["metrics"].get(name)
-            self._end(job, Recorded(status, _DONE_BEFORE, objective))
-            return
-        if not isinstance(job.program, Program):
-            what = "was stopped, and a probe has nothing to go on from"
-            raise RecordError(f"{job.directory}: {what}. Delete it to run it again.")
-        job.resumption = find_resumption(record, job.program)
+        done = open_job(job, self.options)
+        if done is not None:
+            self._end(job, done)
 
     def _run(self, groups: "list[Group]", stop: Callable[[], str]) -> None:
         from runner.lanes.lane import Lane
@@ -262,7 +224,9 @@ class _Sweep:
         try:
             if stop():
                 return None
+            own: Any = job.returned.hydra_cfg
             with self.logs.of(job.logging):
+                write_hydra_files(job.directory, job.composed, job=own.hydra)
                 return record_run(
                     job.made,
                     directory=job.directory,
@@ -315,7 +279,7 @@ class _Sweep:
 
         name = clean(" ".join(filter_overrides(job.returned.overrides or [])))
         if isinstance(result, Exception):
-            _log.error("job %s (%s): %s", job.number, name, result)
+            _log.error("job %s (%s): %s", job.number, name, in_one_line(result))
             return
         said = "not begun" if result is None else result.status
         if result is not None and result.objective is not None:
@@ -336,16 +300,6 @@ def _compile_all(executables: "list[Executable]") -> None:
     with contextlib.suppress(Exception):  # whoever needs it is told
         for executable in executables:
             _ = executable.calls
-
-
-def _refuse_strict(spec: RunSpec) -> None:
-    if spec.determinism is Determinism.STRICT:
-        raise ConfigError(
-            "determinism",
-            "a bit-exact run is asked for, and lanes under vmap round otherwise",
-            got=str(spec.determinism),
-            fix="Set hydra.launcher.mode=map",
-        )
 
 
 def _bytes_of(jobs: list[Job]) -> int:

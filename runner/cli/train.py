@@ -23,7 +23,7 @@ from runner.cli.config import HYDRA_VERSION_BASE, Composed, read_composed
 from runner.cli.gate import Gate, Refused
 from runner.cli.refusal import refusal_of
 from runner.cli.running import conclude, make_program, stop_on_signals
-from runner.errors import RunFailedError, RunnerError
+from runner.errors import RunFailedError, RunnerError, in_one_line
 
 if TYPE_CHECKING:
     from runner.hazards.find import Hazard
@@ -78,8 +78,7 @@ def _name_failed() -> str:
     }
     lines = [f"{len(failed)} of {len(Gate.ended)} jobs failed:"]
     for number, job in sorted(failed.items()):
-        error = job._return_value  # `return_value` would raise it
-        said = str(error) or type(error).__name__
+        said = in_one_line(job._return_value)  # `return_value` would raise it
         lines.append(f"job {number} ({' '.join(job.overrides or ())}): {said}")
     return "\n".join(lines) if failed else ""
 
