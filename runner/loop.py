@@ -21,7 +21,7 @@ from runner.observe.observe import Observation
 from runner.program import Construct, Program
 from runner.records.events import EvalRecord, StateRecord, TrainRecord
 from runner.spec import Phase
-from runner.step import Batch, State
+from runner.step import State
 
 __all__ = ["Outcome", "Snapshot", "Watch", "train"]
 
@@ -93,9 +93,7 @@ class _Loop:
         self.program, self.start, self.stop = program, start, stop
         self.watch = watch if program.spec.rng.observe else None
         self.spec = program.spec
-        data, place = program.data, program.layout.place
-        self.train_data = place(Batch(data.x_train, data.y_train))
-        self.test_data = place(Batch(data.x_test, data.y_test))
+        self.train_data, self.test_data = program.place_data()
         self.pending: deque[_Call] = deque()
         self.pace = Pace(most=program.window, fixed=not program.is_paced)
         self.batches = Batches(program.order, start)

@@ -308,6 +308,13 @@ class Program:
             Phase.EVAL: frozenset(in_eval),
         }
 
+    def place_data(self) -> tuple[Batch, Batch]:
+        """The rows to train on, and those to be tested on, on the device."""
+        data, place = self.data, self.layout.place
+        train: Batch = place(Batch(data.x_train, data.y_train))
+        test: Batch = place(Batch(data.x_test, data.y_test))
+        return train, test
+
     def start(self) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """The state before step 0, the streams' base keys, and the hypers."""
         return self.start_observed()[0]

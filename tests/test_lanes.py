@@ -184,12 +184,18 @@ def test_lanes_may_evaluate_and_save_at_steps_of_their_own(
     assert lane["digests"] == alone["digests"]
 
 
+def test_lanes_share_their_rows_on_the_device(make_spec: Any) -> None:
+    lanes = lanes_of({n: make_spec(*TINY, f"seed={n}") for n in range(2)})
+    assert lanes[0].place_data() is lanes[1].place_data()
+
+
 def test_rows_are_the_lanes_own_where_a_seed_splits_them(make_spec: Any) -> None:
     specs = {n: make_spec(*TINY, f"rng.streams.split.seed={n}") for n in range(2)}
     lanes = lanes_of(specs)
     for n, spec in specs.items():
         assert lanes[n].data_digest == compile_run(spec).data_digest
     assert lanes[0].data_digest != lanes[1].data_digest
+    assert lanes[0].place_data() is not lanes[1].place_data()
 
 
 # --- the pool
@@ -199,9 +205,13 @@ def test_what_a_task_raises_ends_no_other() -> None:
     def fail() -> None:
         raise ValueError("no")
 
+    def leave() -> None:
+        raise SystemExit(3)
+
     tasks: list[Any] = [[("a", fail), ("b", lambda: 2)], [("c", lambda: 3)]]
-    ended = dict(run_beside(tasks, workers=2))
+    ended = dict(run_beside([*tasks, [("d", leave)]], workers=2))
     assert str(ended.pop("a")) == "no"
+    assert str(ended.pop("d")) == "SystemExit(3)"
     assert ended == {"b": 2, "c": 3}
 
 

@@ -15,7 +15,7 @@ from hydra.core.utils import (
 )
 from omegaconf import open_dict
 
-from runner.cli.gate import Refused
+from runner.cli.gate import Gate, Refused
 from runner.cli.lanes import launch_lanes
 from runner.cli.train import run_as_job
 from runner.errors import ConfigError
@@ -46,6 +46,7 @@ def launch(
             _run_one(launcher, overrides, number)
             for number, overrides in enumerate(job_overrides, start=first)
         ]
+    Gate.is_reached = True
     _log.info("Launching %s jobs as lanes", len(job_overrides))
     returned = launch_lanes(
         launcher.context,

@@ -335,7 +335,8 @@ def launch_lanes(
         for number, overrides in enumerate(job_overrides, start=first)
     ]
     sweep = _Sweep(context, function, options)
-    sweep.launch(jobs)
+    if jobs:
+        sweep.launch(jobs)
     if sweep.is_interrupted:
         raise SystemExit(INTERRUPTED)
     return [job.returned for job in jobs]

@@ -21,7 +21,6 @@ from runner.lanes.pool import free_bytes
 from runner.lanes.together import Stacked
 from runner.program import Construct
 from runner.spec import Determinism, Impl
-from runner.step import Batch
 
 __all__ = ["Chosen", "choose", "why_not_together"]
 
@@ -130,7 +129,7 @@ class _Alone:
         self.lane, self.calls = lane, lane.executable.calls
         (self.state, self.keys), _ = self.calls.setup(*_arguments(lane))
         self.hypers = _arguments(lane)[1]
-        self.data = _data(lane)
+        self.data, _ = lane.place_data()
 
     def take(self, steps: int = _COMPARED) -> int:
         window = _window(self.lane, steps, size=self.lane.executable.window)
@@ -149,7 +148,7 @@ class _Stack:
         self.stacked, self.lanes, self._filled = stacked, lanes, filled
         seeds, self.hypers = _stack([_arguments(lane) for lane in filled])
         (self.state, self.keys), _ = stacked.calls.setup(seeds, self.hypers)
-        self.data = _data(lanes[0])
+        self.data, _ = lanes[0].place_data()
 
     def take(self, steps: int = _COMPARED) -> int:
         windows = [_window(n, steps, size=self.stacked.window) for n in self._filled]
@@ -170,11 +169,6 @@ class _Stack:
 def _arguments(lane: Lane) -> tuple[Any, Any]:
     seeds = {name: np.uint32(s.seed) for name, s in lane.plan.streams.items()}
     return seeds, {path: jnp.asarray(value) for path, value in lane.hypers.items()}
-
-
-def _data(lane: Lane) -> Batch:
-    placed: Batch = lane.layout.place(Batch(lane.data.x_train, lane.data.y_train))
-    return placed
 
 
 def _window(lane: Lane, steps: int, *, size: int) -> dict[str, Any]:

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from runner.compile import load_rows, make_order
+from runner.data import Dataset
 from runner.hypers import find_hypers
 from runner.keys import KeyPlan, plan_keys
 from runner.program import Calls, Program
 from runner.spec import RunSpec
+from runner.step import Batch
 
 __all__ = ["Executable", "Lane", "Place", "make_lane"]
 
@@ -30,6 +32,7 @@ class Executable:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._lock = threading.Lock()
+        self._placed: dict[int, tuple[Dataset, tuple[Batch, Batch]]] = {}
 
     @property
     def calls(self) -> Calls:
@@ -41,6 +44,14 @@ class Executable:
     def window(self) -> int:
         """Most steps in one call of them."""
         return self.program.window
+
+    def place(self, lane: Program) -> tuple[Batch, Batch]:
+        """A lane's rows on the device: once for all lanes that read the same."""
+        with self._lock:
+            if id(lane.data) not in self._placed:
+                placed = Program.place_data(lane)
+                self._placed[id(lane.data)] = (lane.data, placed)
+            return self._placed[id(lane.data)][1]
 
 
 class Place(Protocol):
@@ -81,6 +92,10 @@ class Lane(Program):
     def window(self) -> int:
         """Most steps in one call: also more than the run takes."""
         return (self.place or self.executable).window
+
+    def place_data(self) -> tuple[Batch, Batch]:
+        """The rows to train on, and those to be tested on, on the device."""
+        return self.executable.place(self)
 
     @property
     def is_paced(self) -> bool:

@@ -82,3 +82,5 @@ def _run(name: Any, task: Callable[[], Any], ended: "queue.SimpleQueue[Any]") ->
         ended.put((name, task()))
     except Exception as error:  # the caller says so, and other lanes go on
         ended.put((name, error))
+    except BaseException as error:  # `sys.exit` in a model's code ends its lane alone
+        ended.put((name, RuntimeError(repr(error))))
