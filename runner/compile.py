@@ -31,7 +31,7 @@ from runner.targets import NEEDS_VALUE, first_line
 from runner.tasks import make_task
 from runner.whole import trace_whole
 
-__all__ = ["compile_run"]
+__all__ = ["compile_run", "load_rows", "make_order"]
 
 
 def compile_run(spec: RunSpec) -> Program | Probe:
@@ -44,7 +44,8 @@ def compile_run(spec: RunSpec) -> Program | Probe:
     if isinstance(spec.task, ProbeSpec):
         return _compile_probe(spec, spec.task, plan)
     layout = make_layout(spec)
-    data, order = _load(spec, plan)
+    data = load_rows(spec, plan)
+    order = make_order(spec, plan, rows=len(data.x_train))
     model = Model.of(spec, layout)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
     with trace_flags(spec):
@@ -128,20 +129,24 @@ def _check_rows(task: ProbeSpec, arrays: tuple[Any, ...], layout: Layout) -> Non
             )
 
 
-def _load(spec: RunSpec, plan: KeyPlan) -> tuple[Dataset, BatchOrder]:
+def load_rows(spec: RunSpec, plan: KeyPlan) -> Dataset:
+    """The rows of a run; a stream of the plan chooses those to test on."""
     assert not isinstance(spec.data, NoDataSpec)  # `runner.spec` refuses it
     name = getattr(spec.data, "split", None)
     split = host_generator(plan.stream(name)) if name else None
-    data = load_data(spec.data, split=split)
+    return load_data(spec.data, split=split)
+
+
+def make_order(spec: RunSpec, plan: KeyPlan, *, rows: int) -> BatchOrder:
+    """Which of its rows each step of a run reads."""
     shuffle = plan.stream(spec.data.shuffle) if spec.data.shuffle else None
-    order = BatchOrder(
-        rows=len(data.x_train),
+    return BatchOrder(
+        rows=rows,
         batch_size=spec.data.batch_size,
         generator_of_epoch=lambda epoch: (
             host_generator(shuffle, epoch=epoch) if shuffle else None
         ),
     )
-    return data, order
 
 
 def _trace(

@@ -30,6 +30,7 @@ __all__ = [
     "UnknownStreamError",
     "UntrustedTargetError",
     "did_you_mean",
+    "in_one_line",
     "printable",
 ]
 
@@ -126,6 +127,15 @@ class RunFailedError(RunnerError):
     """A run that stopped before its end; its record says where and why."""
 
     exit_code = 1
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says; of one that is not ours, its type, first and last line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, RunnerError):
+        return " ".join(lines)
+    said = [*lines[:1], *lines[-1:]] if len(lines) > 1 else lines
+    return ": ".join(filter(None, (type(error).__name__, " ... ".join(said))))
 
 
 def printable(text: str) -> str:

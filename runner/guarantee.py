@@ -19,7 +19,7 @@ from runner.audit.trace import NOT_THERE, Draw
 from runner.determinism import DETERMINISTIC_OPS
 from runner.errors import ConfigError
 from runner.machine import is_on, parse_flags, read_flags_text
-from runner.program import Compiled, Construct
+from runner.program import Compiled, Construct, Program
 from runner.spec import Determinism, Impl, Phase, RunSpec, Strategy
 
 __all__ = [
@@ -104,6 +104,8 @@ def _on_backend(backend: str) -> Guarantee:
 
 def _in_program(program: Compiled) -> Iterator[Guarantee]:
     """What the primitives of a program, and its generator, allow."""
+    if isinstance(program, Program) and program.rounding:
+        yield Guarantee(Level.KEY_EXACT, (program.rounding,))
     if program.construct is Construct.STEP:
         why = "convolutions on CPU: steps are taken one by one"
         yield Guarantee(Level.BIT_EXACT, (why,))

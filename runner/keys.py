@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import flax
@@ -235,15 +236,25 @@ def key_shape(impl: str) -> Any:
 
 
 def base_key_words(plan: KeyPlan) -> dict[str, list[int]]:
-    """`key_words` of each stream's base key, by one compiled program."""
+    """`key_words` of each stream's base key, by one compiled program.
 
-    @jax.jit
-    def words(seeds: Any) -> dict[str, Array]:
-        keys = derive_base_keys(plan, seeds=seeds)
-        return {name: jax.random.key_data(key) for name, key in keys.items()}
+    It is compiled once for all seeds: the lanes of a sweep ask for theirs, too.
+    """
+    streams = [s for s in plan.streams.values() if s.spec.kind is StreamKind.JAX]
+    bases = tuple((s.name, (replace(s.base[0], value=0), *s.base[1:])) for s in streams)
+    seeds = {stream.name: np.uint32(stream.seed) for stream in streams}
+    words = jax.device_get(_base_words(seeds, impl=plan.impl, bases=bases))
+    return {name: w.ravel().tolist() for name, w in words.items()}
 
-    seeds = {name: np.uint32(stream.seed) for name, stream in plan.streams.items()}
-    return {n: w.ravel().tolist() for n, w in jax.device_get(words(seeds)).items()}
+
+@partial(jax.jit, static_argnames=("impl", "bases"))
+def _base_words(
+    seeds: Mapping[str, Any], *, impl: str, bases: tuple[tuple[str, Any], ...]
+) -> dict[str, Array]:
+    seeded = {n: (replace(ops[0], value=seeds[n]), *ops[1:]) for n, ops in bases}
+    return {
+        n: jax.random.key_data(derive_key(ops, impl=impl)) for n, ops in seeded.items()
+    }
 
 
 def make_rngs(
@@ -340,16 +351,16 @@ def rng_flags(rng: RngSpec) -> Iterator[None]:
 
 def draw_canary(impl: str) -> dict[str, str]:
     """Fixed draws of a fixed key as hex: tells a changed generator from a program."""
-
-    @jax.jit  # one program: compiled one by one, the draws take twice as long
-    def draw(seed: Any) -> dict[str, Array]:
-        key = jax.random.key(seed, impl=impl)
-        return {
-            "bits": jax.random.bits(key, (4,)),
-            "uniform": jax.random.uniform(key, (4,)),
-            "normal": jax.random.normal(key, (4,)),
-            "permutation": jax.random.permutation(key, 8),
-        }
-
-    draws = jax.device_get(draw(np.uint32(20)))
+    draws = jax.device_get(_draw_all(np.uint32(20), impl=impl))
     return {name: values.tobytes().hex() for name, values in draws.items()}
+
+
+@partial(jax.jit, static_argnames="impl")  # one by one, they compile twice as long
+def _draw_all(seed: Any, *, impl: str) -> dict[str, Array]:
+    key = jax.random.key(seed, impl=impl)
+    return {
+        "bits": jax.random.bits(key, (4,)),
+        "uniform": jax.random.uniform(key, (4,)),
+        "normal": jax.random.normal(key, (4,)),
+        "permutation": jax.random.permutation(key, 8),
+    }

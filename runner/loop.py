@@ -21,7 +21,7 @@ from runner.observe.observe import Observation
 from runner.program import Construct, Program
 from runner.records.events import EvalRecord, StateRecord, TrainRecord
 from runner.spec import Phase
-from runner.step import Batch, State
+from runner.step import State
 
 __all__ = ["Outcome", "Snapshot", "Watch", "train"]
 
@@ -99,13 +99,10 @@ class _Loop:
         self.share = share
         self.watch = watch if program.spec.rng.observe else None
         self.spec = program.spec
-        data, place = program.data, program.layout.place
-        self.train_data = place(Batch(data.x_train, data.y_train))
-        self.test_data = place(Batch(data.x_test, data.y_test))
+        self.train_data, self.test_data = program.place_data()
         self.pending: deque[_Call] = deque()
         self.in_flight = 0
-        per_call = program.spec.train.steps_per_call
-        self.pace = Pace(most=program.window, fixed=per_call != "auto")
+        self.pace = Pace(most=program.window, fixed=not program.is_paced)
         self.steps_per_call = self.pace.steps
         self.batches = Batches(program.order, start)
         self.best = Best(program.spec, start)

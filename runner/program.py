@@ -273,6 +273,16 @@ class Program:
         return min(most, self.spec.train.steps)
 
     @property
+    def is_paced(self) -> bool:
+        """Whether as many steps go into a call as take a while, or always as many."""
+        return self.spec.train.steps_per_call == "auto"
+
+    @property
+    def rounding(self) -> str:
+        """Why floats may round otherwise than in the run alone; empty: they don't."""
+        return ""
+
+    @property
     def eval_rows(self) -> int:
         """Rows in one batch of an evaluation."""
         return eval_rows(self.spec, self.data, self.layout)
@@ -308,6 +318,13 @@ class Program:
             Phase.TRAIN: frozenset(in_train),
             Phase.EVAL: frozenset(in_eval),
         }
+
+    def place_data(self) -> tuple[Batch, Batch]:
+        """The rows to train on, and those to be tested on, on the device."""
+        data, place = self.data, self.layout.place
+        train: Batch = place(Batch(data.x_train, data.y_train))
+        test: Batch = place(Batch(data.x_test, data.y_test))
+        return train, test
 
     def start(self) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """The state before step 0, the streams' base keys, and the hypers."""
@@ -373,23 +390,34 @@ class Program:
         return lay_out(self)
 
     @cached_property
-    def calls(self) -> Calls:
-        """The programs, compiled beside each other when first asked for."""
+    def lowered(self) -> tuple[Any, ...]:
+        """The programs before they are compiled, in the order of `Calls`."""
         with trace_flags(self.spec):  # they count while a program is traced
-            lowered = [
+            return (
                 self._lower_setup(),
                 self._lower_train(),
                 self._lower_eval(),
                 self._jit(fingerprint, takes=(self.shardings,)).lower(self.initial),
-            ]
+            )
+
+    @cached_property
+    def calls(self) -> Calls:
+        """The programs, compiled beside each other when first asked for."""
+        lowered = self.lowered
         with ThreadPoolExecutor() as pool:
             return Calls(*pool.map(lambda each: each.compile(), lowered))
 
+    def setup_call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What `Calls.setup` compiles, and the shapes of its arguments."""
+        return self._observed(make_setup(self)), (
+            self.seeds,
+            hyper_shapes(self.hypers),
+        )
+
     def _lower_setup(self) -> Any:
-        setup = self._observed(make_setup(self))
+        setup, args = self.setup_call()
         gives = ((self.shardings, self.layout.replicated), self.layout.replicated)
-        jitted = self._jit(setup, takes=None, gives=gives)
-        return jitted.lower(self.seeds, hyper_shapes(self.hypers))
+        return self._jit(setup, takes=None, gives=gives).lower(*args)
 
     def _jit(
         self,
@@ -423,7 +451,8 @@ class Program:
 
         return unobserved
 
-    def _lower_train(self) -> Any:
+    def train_call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What `Calls.train` compiles, and the shapes of its arguments."""
         parts = make_parts(self, Phase.TRAIN)
         gradients: Callable[..., Any] | None = None
         place: Callable[[Batch], Batch] = self.layout.constrain_rows
@@ -442,6 +471,11 @@ class Program:
         rows = jax.ShapeDtypeStruct(shape, jnp.int32)
         window = {"first": scalar, "rows": rows, "steps": scalar}
         data = Batch(_shape(self.data.x_train), _shape(self.data.y_train))
+        args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
+        return make(step, place=place), args
+
+    def _lower_train(self) -> Any:
+        call, args = self.train_call()
         everywhere = self.layout.replicated
         numbers = {
             "first": everywhere,
@@ -449,12 +483,11 @@ class Program:
             "steps": everywhere,
         }
         jitted = self._jit(
-            make(step, place=place),
+            call,
             takes=(self.shardings, numbers, *[everywhere] * 3),
             gives=(self.shardings, everywhere, everywhere),
             donate_argnums=0,
         )
-        args = (self.initial, window, data, self.keys, hyper_shapes(self.hypers))
         return jitted.lower(*args)
 
     def _exact_gradients(self, parts: Parts) -> Callable[..., Any]:
@@ -462,7 +495,8 @@ class Program:
         assert axis is not None  # `runner.spec` refuses it
         return make_exact_gradients(parts, axis=axis, devices=self.layout.row_shards)
 
-    def _lower_eval(self) -> Any:
+    def eval_call(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """What `Calls.evaluate` compiles, and the shapes of its arguments."""
         rows, same = self.layout.row_spec, PartitionSpec()
         alone = make_eval_step(make_parts(self, Phase.EVAL))
         takes = (same, rows, rows, same, same, same)
@@ -484,6 +518,10 @@ class Program:
         sums = dict.fromkeys(self.spec.task.metrics, sum_)
         data = Batch(_shape(self.data.x_test), _shape(self.data.y_test))
         args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
+        return call, args
+
+    def _lower_eval(self) -> Any:
+        call, args = self.eval_call()
         everywhere = self.layout.replicated
         takes = (everywhere, self.shardings, *[everywhere] * 4)
         return self._jit(call, takes=takes).lower(*args)

@@ -107,6 +107,7 @@ def record_run(
     resumption: Resumption | None = None,
     stop: Callable[[], str] = lambda: "",
     listen: Callable[[Event], None] = lambda event: None,
+    sinks: Sinks | None = None,
 ) -> Recorded:
     """Runs a program to its end and records it in a directory that is ours alone.
 
@@ -120,6 +121,7 @@ def record_run(
         resumption: Where a run in this directory goes on.
         stop: Asked between calls; a reason ends the run as `interrupted`.
         listen: Told each event when it has been written.
+        sinks: Where records go; as `sinks` of the config says, if not given.
 
     Raises:
         RunFailedError: the record can't be written.
@@ -127,7 +129,7 @@ def record_run(
     recording = _Recording(program, directory, secrets, hazards, resumption)
     recording.open_manifest(sweep=sweep, parent=parent)
     try:
-        return recording.run(stop, listen)
+        return recording.run(stop, listen, sinks or make_sinks(program.spec.sinks))
     except RecordError as error:
         raise RunFailedError(str(error)) from error
     except OSError as error:  # of the first or the last manifest
@@ -179,10 +181,11 @@ class _Recording:
             best=self.program.spec.task.metrics[metric],
         )
 
-    def run(self, stop: Callable[[], str], listen: Callable[[Event], None]) -> Recorded:
+    def run(
+        self, stop: Callable[[], str], listen: Callable[[Event], None], sinks: Sinks
+    ) -> Recorded:
         peers().meet()  # all have read what is now written to
         self._write_start()
-        sinks = make_sinks(self.program.spec.sinks)
         try:
             self._cut_back()
             sinks.start(self._run_start())

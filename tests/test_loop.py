@@ -79,6 +79,7 @@ class Fake:
         per_call = spec.train.steps_per_call
         most = 512 if per_call == "auto" else per_call
         self.window = min(most, spec.train.steps)
+        self.is_paced = per_call == "auto"
         self.eval_rows, self.eval_batches = 4, 1
         self.fails, self.values, self.layout = fails, values, ONE_DEVICE
         self.log: list[str] = []
@@ -88,6 +89,10 @@ class Fake:
 
     def start_observed(self) -> tuple[Any, None]:
         return (0, {}, {}), None
+
+    def place_data(self) -> tuple[Batch, Batch]:
+        data = self.data
+        return Batch(data.x_train, data.y_train), Batch(data.x_test, data.y_test)
 
     def take_steps(
         self, state: int, window: Any, data: Any, keys: Any, hypers: Any

@@ -16,7 +16,13 @@ from runner.errors import ConfigError
 from runner.records.secrets import Secrets, find_secrets
 from runner.spec import RunSpec, parse_spec
 
-__all__ = ["HYDRA_VERSION_BASE", "Composed", "compose", "read_composed"]
+__all__ = [
+    "HYDRA_VERSION_BASE",
+    "Composed",
+    "compose",
+    "read_composed",
+    "search_path",
+]
 
 HYDRA_VERSION_BASE = "1.3"
 
@@ -59,16 +65,25 @@ def read_composed(config: DictConfig, *, choices: Mapping[str, Any]) -> Composed
     return Composed(parse_spec(resolved), config, secrets)
 
 
+def search_path(config_dir: str | None) -> list[str]:
+    """The override that adds a directory of a user's groups.
+
+    Raises:
+        ConfigError: there is no such directory.
+    """
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise ConfigError("--config-dir", "no such directory", got=config_dir)
+    return [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+
+
 def compose(overrides: list[str], *, config_dir: str | None = None) -> DictConfig:
     """Composes a config as the command line does, with Hydra's own node in it."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
 
-    extra = []
-    if config_dir is not None:
-        if not Path(config_dir).is_dir():
-            raise ConfigError("--config-dir", "no such directory", got=config_dir)
-        extra = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    extra = search_path(config_dir)
     with initialize_config_dir(
         config_dir=str(CONF_DIR), job_name="runner", version_base=HYDRA_VERSION_BASE
     ):

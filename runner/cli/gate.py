@@ -50,6 +50,7 @@ class Gate(Callback):
         from runner.records.files import claim_directory
 
         Gate.is_reached = True
+        _refuse_launcher(config)
         # Hydra's own logging still stands here, and prints which backends JAX lacks.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
@@ -98,6 +99,24 @@ class Gate(Callback):
                         fix="Put it into the environment, and say ${oc.env:NAME}",
                     )
                 )
+
+
+def _refuse_launcher(config: DictConfig) -> None:
+    """Hydra has no use for a launcher without `-m`, and says nothing.
+
+    Raises:
+        Refused: it was asked for on the command line.
+    """
+    named = [o for o in config.hydra.overrides.hydra if o.startswith("hydra/launcher=")]
+    if "hydra/launcher=vectorized" in named:
+        raise Refused(
+            ConfigError(
+                "hydra/launcher",
+                "vectorized launches sweeps, and this is a single run",
+                got="vectorized",
+                fix="Say -m, or leave it out",
+            )
+        )
 
 
 def _job_config(config: DictConfig) -> DictConfig:

@@ -16,13 +16,18 @@ from runner.records.secrets import find_secrets
 __all__ = ["write_hydra_files"]
 
 
-def write_hydra_files(directory: Path, composed: Composed) -> None:
+def write_hydra_files(directory: Path, composed: Composed, *, job: Any = None) -> None:
     """Writes `.hydra/{config,hydra,overrides}.yaml` as Hydra itself does.
+
+    Args:
+        directory: The run directory.
+        composed: The job's config.
+        job: Hydra's own node of it; None for the job that this process is.
 
     Raises:
         RunFailedError: they can't be written.
     """
-    job = HydraConfig.get()
+    job = HydraConfig.get() if job is None else job
     own = OmegaConf.to_container(job)
     secrets = composed.secrets | keep_secret(find_secrets(own, own))
     files: dict[str, Any] = {

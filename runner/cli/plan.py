@@ -31,7 +31,16 @@ def main(args: list[str]) -> int:
         "--no-compile", action="store_true", help="leave out FLOPs and memory"
     )
     parser.add_argument("--json", action="store_true", help="one JSON document")
+    parser.add_argument(
+        "--multirun", "-m", action="store_true", help="the groups of a sweep's jobs"
+    )
     options = parser.parse_intermixed_args(args)
+    if options.multirun:
+        from runner.cli.plan_sweep import plan_sweep
+
+        return plan_sweep(
+            options.overrides, config_dir=options.config_dir, as_json=options.json
+        )
     try:
         config = compose(options.overrides, config_dir=options.config_dir)
     except RunnerError:

@@ -8,14 +8,14 @@ import re
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli import complain, print_last
 from runner.cli.secrecy import BlottingFormatter, blot
 from runner.determinism import settle_backend
-from runner.errors import RecordError, RunFailedError, UntrustedTargetError
+from runner.errors import ConfigError, RecordError, RunFailedError, UntrustedTargetError
 from runner.processes.join import join
 from runner.processes.peers import peers
 from runner.records.closing import close_record
@@ -29,16 +29,18 @@ if TYPE_CHECKING:
     from runner.recording import Recorded
 
 __all__ = [
+    "INTERRUPTED",
     "claim_new",
     "conclude",
     "keep_log",
     "make_program",
     "naming_trust",
+    "refuse_processes",
     "share_directory",
     "stop_on_signals",
 ]
 
-_INTERRUPTED = 130
+INTERRUPTED = 130
 _STOPPED = "stopped by the user"
 _SEEN_WITHIN = 10.0  # seconds that a network file system takes to show a directory
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"  # as Hydra's job_logging/runner.yaml
@@ -48,13 +50,27 @@ def conclude(recorded: "Recorded | Outcome", directory: Path) -> None:
     """Says where the run is, and leaves with what its status asks for."""
     peers().end()
     if not peers().leads:
-        codes = {"interrupted": _INTERRUPTED, "failed": RunFailedError.exit_code}
+        codes = {"interrupted": INTERRUPTED, "failed": RunFailedError.exit_code}
         raise SystemExit(codes.get(recorded.status, 0))
     print_last(str(directory))
     if recorded.status == "interrupted":
-        raise SystemExit(_INTERRUPTED)
+        raise SystemExit(INTERRUPTED)
     if recorded.status == "failed":
         raise RunFailedError(f"run: {recorded.reason}. See {directory}.")
+
+
+def refuse_processes(config: Mapping[str, Any]) -> None:
+    """Refuses `mesh.distributed` in a job of a sweep.
+
+    Raises:
+        ConfigError: it is set.
+    """
+    if (config.get("mesh") or {}).get("distributed") is not None:
+        raise ConfigError(
+            "mesh.distributed",
+            "not in a sweep, whose jobs share this process",
+            fix="Launch each job as a run, or set it to null",
+        )
 
 
 def share_directory(claimed: Path | None) -> Path | None:

@@ -2,18 +2,21 @@
 """What this process must not say: the secrets of every config that it has read."""
 
 import logging
+import threading
 
 from runner.records.secrets import Secrets
 
 __all__ = ["BlottingFormatter", "blot", "keep_secret"]
 
 _known = Secrets({}, ())
+_lock = threading.Lock()
 
 
 def keep_secret(secrets: Secrets) -> Secrets:
     """Adds to what is blotted from now on; returns its argument."""
     global _known  # noqa: PLW0603 - stderr and the log are the process's, too
-    _known = _known | secrets
+    with _lock:
+        _known = _known | secrets
     return secrets
 
 

@@ -14,7 +14,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from runner import CONF_DIR
@@ -24,9 +24,14 @@ from runner.cli.gate import Gate, Refused
 from runner.cli.pruning import prune_by
 from runner.cli.refusal import refusal_of
 from runner.cli.requeue import find_again, is_requeued, reopen
-from runner.cli.running import conclude, make_program, stop_on_signals
+from runner.cli.running import (
+    conclude,
+    make_program,
+    refuse_processes,
+    stop_on_signals,
+)
 from runner.cli.sweep import concluding_sweep
-from runner.errors import ConfigError, RunnerError
+from runner.errors import RunnerError
 from runner.processes.peers import peers
 from runner.sweep.objective import objective_of
 
@@ -34,7 +39,7 @@ if TYPE_CHECKING:
     from runner.hazards.find import Hazard
     from runner.program import Compiled
 
-__all__ = ["Prepared", "main", "prepare"]
+__all__ = ["Prepared", "main", "prepare", "run_as_job"]
 
 _FLAGS_WITH_VALUE = (
     *("-c", "--cfg", "-p", "--package", "-cp", "--config-path", "-cn"),
@@ -56,7 +61,7 @@ def main(args: list[str]) -> int:
     """Hands the command line to Hydra; its errors come back as one line."""
     app = hydra.main(
         version_base=HYDRA_VERSION_BASE, config_path=str(CONF_DIR), config_name="config"
-    )(_job)
+    )(run_as_job)
     sys.argv = ["runner", *_flags_first(args)]
     try:
         with _full_errors(), concluding_sweep():
@@ -99,7 +104,7 @@ def prepare(config: DictConfig, choices: Mapping[str, Any]) -> Prepared:
     return Prepared(composed, *program)
 
 
-def _job(config: DictConfig) -> float | None:
+def run_as_job(config: DictConfig) -> float | None:
     """One job; its mistakes pass by Hydra, unless there are other jobs to run."""
     Gate.is_reached = True
     try:
@@ -123,7 +128,7 @@ def _run_job(config: DictConfig) -> float | None:
         _follow(Gate.prepared.program, directory)
     requeued = is_requeued(directory)
     if Gate.prepared is None:  # a sweep's job: Hydra made the directory
-        _refuse_processes(config)
+        refuse_processes(config)
         if not requeued:
             claim_directory(directory, exact=True, field="hydra.sweep.dir")
     prepared = Gate.prepared or prepare(config, job.runtime.choices)
@@ -162,15 +167,6 @@ def _follow(program: "Compiled", directory: Path) -> None:
 
     assert isinstance(program, Program)  # no probe
     conclude(follow_run(program, directory=directory), directory)
-
-
-def _refuse_processes(config: DictConfig) -> None:
-    if OmegaConf.select(config, "mesh.distributed") is not None:
-        raise ConfigError(
-            "mesh.distributed",
-            "not in a sweep, whose jobs share this process",
-            fix="Launch each job as a run, or set it to null",
-        )
 
 
 def _sweep(job: Any) -> dict[str, Any] | None:

@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -36,6 +37,9 @@ __all__ = [
 FOLDER = "checkpoints"
 ITEM = "default"  # as `orbax.checkpoint.CheckpointManager` calls what it saves
 _LONGEST = 300  # characters of what Orbax says
+# Orbax tells its saves apart by a counter of the process: two at a time, by runs in
+# two threads, take each other's directories, or wait for each other in vain.
+_one_save = threading.Lock()
 _SPARE = 16 * 2**20  # bytes that must stay free on the disk
 
 
@@ -116,11 +120,16 @@ class Checkpoints:
         self._wait()
         if step in self._saved:
             return  # a state is a function of its step
-        with told():
-            self._refuse_full_disk(state)
-            self._start(step, state)
         saved = Saved(self._run_id, step, objective, dict(written), {})
-        self._pending = self._worker.submit(self._complete, saved)
+        _one_save.acquire()  # until Orbax is done, in another thread
+        try:
+            with told():
+                self._refuse_full_disk(state)
+                self._start(step, state)
+            self._pending = self._worker.submit(self._complete, saved)
+        except BaseException:
+            _one_save.release()
+            raise
 
     def check(self) -> None:
         """Raises what went wrong in the background, without waiting for it."""
@@ -149,7 +158,10 @@ class Checkpoints:
     def _complete(self, saved: Saved) -> None:
         """In the background: waits for Orbax, then vouches for what it wrote."""
         with told():
-            self._manager.wait_until_finished()
+            try:
+                self._manager.wait_until_finished()
+            finally:
+                _one_save.release()
             folder = self._directory / str(saved.step)
             files = _digest_folder(folder)
             whole = Saved(

@@ -199,7 +199,7 @@ def _verdict(
     return Verdict(
         level=level,
         promised=str(manifest["guarantee"].get("level")),
-        reason=_reason(level, checks, environment, replay),
+        reason=_reason(level, checks, environment, replay, record),
         run={"name": record.name, **{name: manifest[name] for name in names}},
         directory=str(made.files.directory) if made else None,
         steps=replay.compared["train"].number if replay else 0,
@@ -229,10 +229,11 @@ def _reason(
     checks: list[Check],
     environment: tuple[Difference, ...],
     replay: Replay | None,
+    record: Record,
 ) -> str:
     told = (Cause.NONE, Cause.GENERATOR)  # another generator is a check of its own
     causes = [each for each in environment if each.cause not in told]
-    why = "; ".join(map(str, causes[:3])) or "nothing that was recorded says why"
+    why = "; ".join(map(str, causes[:3])) or _why_of(record)
     if level is Reached.BIT_EXACT:
         return "every bit that was compared is as recorded"
     if level is Reached.DIFFERENT:
@@ -245,3 +246,11 @@ def _reason(
     first = replay and replay.first
     where = str(first) if first else f"{others[0].what}: {others[0].found}"
     return f"keys and draws are as recorded; floats differ from {where}. {why}"
+
+
+def _why_of(record: Record) -> str:
+    """What the record itself says of floats that are others."""
+    sweep = record.manifest.get("sweep")
+    if isinstance(sweep, Mapping) and sweep.get("mode") == "vmap":
+        return "it was computed with other lanes by vmap"
+    return "nothing that was recorded says why"

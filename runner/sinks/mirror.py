@@ -12,6 +12,7 @@ import select
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,6 +21,7 @@ __all__ = ["Mirror", "MirrorError"]
 
 _CHILD = Path(__file__).with_name("_wandb_child.py")
 _BUFFER_LIMIT = 64 * 2**20  # bytes
+_SLICE = 0.1  # seconds
 _log = logging.getLogger("runner")
 
 
@@ -28,16 +30,18 @@ class MirrorError(Exception):
 
 
 class Mirror:
-    """The child, and the near end of the socket. Not for use by several threads."""
+    """The child, and the near end of the socket; for several threads, too."""
 
     _shared: ClassVar["Mirror | None"] = None
+    _lock: ClassVar[threading.RLock] = threading.RLock()
 
     @classmethod
     def shared(cls) -> "Mirror":
         """The child of this process; a new one where there is none that lives."""
-        if cls._shared is None or cls._shared._end is not None:
-            cls._shared = cls()
-        return cls._shared
+        with cls._lock:
+            if cls._shared is None or cls._shared._end is not None:
+                cls._shared = cls()
+            return cls._shared
 
     def __init__(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -62,11 +66,13 @@ class Mirror:
         Raises:
             MirrorError: this run failed, or the child did.
         """
-        if len(self._out) > _BUFFER_LIMIT:
-            self._stop("does not take what it is sent")
-        self._out += json.dumps([run_id, verb, content], default=str).encode() + b"\n"
-        self._move()
-        self._check(run_id)
+        line = json.dumps([run_id, verb, content], default=str).encode() + b"\n"
+        with self._lock:
+            if len(self._out) > _BUFFER_LIMIT:
+                self._stop("does not take what it is sent")
+            self._out += line
+            self._move()
+            self._check(run_id)
 
     def wait(self, run_id: str, *, seconds: float) -> None:
         """Waits until the child has finished a run; stops a child that does not.
@@ -75,18 +81,19 @@ class Mirror:
             MirrorError: it failed, or took longer.
         """
         deadline = time.monotonic() + seconds
-        poll = select.poll()
-        while run_id not in self._done and self._end is None:
-            left = deadline - time.monotonic()
-            if left <= 0:
-                self._stop(f"was not done within {seconds:g} s")
-                break
-            poll.register(
-                self._socket, select.POLLIN | (select.POLLOUT if self._out else 0)
-            )
-            poll.poll(left * 1000)
-            self._move()
-        self._check(run_id)
+        while True:
+            with self._lock:
+                self._move()
+                if run_id in self._done or self._end is not None:
+                    return self._check(run_id)
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    self._stop(f"was not done within {seconds:g} s")
+                    return self._check(run_id)
+                poll = select.poll()
+                events = select.POLLIN | (select.POLLOUT if self._out else 0)
+                poll.register(self._socket, events)
+            poll.poll(min(left, _SLICE) * 1000)  # another thread may take the answer
 
     def close(self) -> None:
         """Lets the child end by itself, also after us: it sees the socket close."""

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sweep's opponent: all jobs by `vmap` in one hand-written script, unrecorded.
+
+python benchmarks/sweep_by_hand.py JOBS STEPS FEATURES CACHE_DIRECTORY
+"""
+
+import sys
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+BATCH, CHUNK = 128, 100
+
+
+class MLP(nn.Module):
+    """Hidden layers with dropout at a rate that is traced."""
+
+    features: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, rate: Any, *, train: bool) -> jax.Array:
+        """Logits of ten classes."""
+        for features in self.features:
+            x = nn.relu(nn.Dense(features)(x))
+            if train:
+                keep = 1 - rate
+                mask = jax.random.bernoulli(self.make_rng("dropout"), keep, x.shape)
+                x = jnp.where(mask, x / keep, 0)
+        return nn.Dense(10)(x)
+
+
+def main(jobs: int, steps: int, features: tuple[int, ...], cache: str) -> None:
+    """Trains all, and prints the last accuracy of each."""
+    from sklearn.datasets import load_digits
+
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    digits = load_digits()
+    x, y = (digits.data / 16).astype(np.float32), digits.target.astype(np.int32)
+    x_train, y_train = jnp.asarray(x[:1438]), jnp.asarray(y[:1438])
+    model, tx = MLP(features), optax.adam(1e-3)
+
+    def init(seed: Any) -> Any:
+        keys = {"params": jax.random.key(seed)}
+        params = model.init(keys, x_train[:BATCH], 0.0, train=False)["params"]
+        return params, tx.init(params)
+
+    def chunk(state: Any, rows: Any, first: Any, seed: Any, rate: Any) -> Any:
+        def step(state: Any, at: Any) -> Any:
+            i, rows = at
+            params, opt_state = state
+            key = jax.random.fold_in(jax.random.key(seed + 1_000), i)
+
+            def loss_fn(params: Any) -> Any:
+                logits: Any = model.apply(
+                    {"params": params},
+                    x_train[rows],
+                    rate,
+                    train=True,
+                    rngs={"dropout": key},
+                )
+                losses = optax.softmax_cross_entropy_with_integer_labels(
+                    logits, y_train[rows]
+                )
+                return losses.mean()
+
+            loss, grads = jax.value_and_grad(loss_fn)(params)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return (optax.apply_updates(params, updates), opt_state), loss
+
+        return jax.lax.scan(step, state, (first + jnp.arange(len(rows)), rows))
+
+    train = jax.jit(jax.vmap(chunk, in_axes=(0, 0, None, 0, 0)), donate_argnums=0)
+    test = jax.jit(
+        jax.vmap(
+            lambda params: (
+                model.apply({"params": params}, x[1438:], 0.0, train=False).argmax(-1)
+                == y[1438:]
+            ).mean()
+        )
+    )
+    seeds, rates = jnp.arange(jobs), jnp.resize(jnp.array([0.0, 0.2, 0.5, 0.8]), jobs)
+    state = jax.jit(jax.vmap(init))(seeds)
+    draw = np.random.default_rng(0)
+    for first in range(0, steps, CHUNK):
+        count = min(CHUNK, steps - first)
+        rows = draw.integers(0, len(x_train), (jobs, count, BATCH), np.int32)
+        state, losses = train(state, rows, first, seeds, rates)
+        jax.device_get(losses)
+    print(jax.device_get(test(state[0])))
+
+
+if __name__ == "__main__":
+    main(
+        int(sys.argv[1]),
+        int(sys.argv[2]),
+        tuple(map(int, sys.argv[3].split(","))),
+        sys.argv[4],
+    )

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`hydra/launcher=vectorized`: the jobs of a sweep as lanes of compiled programs.
+
+Every Hydra application imports this module, so it imports no more than Hydra has.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.utils import JobReturn
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+__all__ = ["VectorizedConf", "VectorizedLauncher"]
+
+
+@dataclass
+class VectorizedConf:
+    """`hydra.launcher`.
+
+    Args:
+        mode: `map` computes each lane as the run alone; `vmap` all at once, with the
+            same keys and other rounding; `auto` measures which is faster.
+        max_lanes: How many lanes are in memory at a time; null: as many as fit.
+    """
+
+    _target_: str = "hydra_plugins.runner.vectorized.VectorizedLauncher"
+    mode: str = "auto"
+    max_lanes: int | None = None
+
+
+ConfigStore.instance().store(
+    group="hydra/launcher", name="vectorized", node=VectorizedConf, provider="runner"
+)
+
+
+class VectorizedLauncher(Launcher):
+    """Runs the jobs of a sweep beside each other, in this process."""
+
+    def __init__(self, mode: str = "auto", max_lanes: int | None = None) -> None:
+        self.mode, self.max_lanes = mode, max_lanes
+
+    def setup(
+        self,
+        *,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+    ) -> None:
+        """Keeps what a job is made from; the sweeper composes each job, too."""
+        from runner.cli.composing import compose_once
+
+        compose_once(hydra_context.config_loader)
+        self.context, self.function, self.config = hydra_context, task_function, config
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Runs a batch of jobs to their ends."""
+        from hydra_plugins.runner import _core
+
+        return _core.launch(self, job_overrides, initial_job_idx)

@@ -1,0 +1,348 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The jobs of a sweep as lanes: what `hydra/launcher=vectorized` does with them.
+
+Every job is composed and checked before the first one starts. From then on each is a
+run of its own, with all that Hydra promises a job: its directory, its logs, its
+callbacks, its place in `HydraConfig`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.utils import JobReturn, JobStatus, env_override, filter_overrides
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from runner.cli import print_last
+from runner.cli.config import read_composed
+from runner.cli.hydra_files import write_hydra_files
+from runner.cli.job_logs import JobLogs
+from runner.cli.jobs import Job, compose_job, standing_in
+from runner.cli.opening import open_job
+from runner.cli.pruning import prune_by
+from runner.cli.running import INTERRUPTED, refuse_processes, stop_on_signals
+from runner.determinism import settle_backend
+from runner.errors import RunFailedError, in_one_line
+from runner.lanes.mode import Mode, Options
+from runner.spec import TerminalSpec
+
+if TYPE_CHECKING:
+    from runner.lanes.choose import Chosen
+    from runner.lanes.groups import Group
+    from runner.lanes.lane import Executable
+    from runner.recording import Recorded
+
+__all__ = ["launch_lanes"]
+
+_log = logging.getLogger("runner")
+_Batch = list[tuple[Job, Callable[[], Any]]]
+_Batches = list[_Batch]
+
+
+class _Sweep:
+    """The jobs of one launch, and the process that they share."""
+
+    def __init__(
+        self, context: HydraContext, function: TaskFunction, options: Options
+    ) -> None:
+        self.context, self.function, self.options = context, function, options
+        self.logs = JobLogs()
+        self.is_interrupted = False
+
+    def launch(self, jobs: list[Job]) -> None:
+        self.jobs = jobs
+        self.logs.install(jobs[0].config)
+        for job in jobs:
+            self._attempt(job, self._check)
+        groups = self._group()
+        for job in jobs:
+            self._attempt(job, self._open)
+        with stop_on_signals() as stop:
+            self._run(groups, stop)
+
+    def _attempt(self, job: Job, step: Callable[[Job], None]) -> None:
+        """A step towards a run; a mistake ends this job, and no other one."""
+        if not job.is_open:
+            return
+        with self._standing_in(job):
+            try:
+                step(job)
+            except Exception as error:  # of a model's code, too
+                self._end(job, error)
+
+    def _check(self, job: Job) -> None:
+        """Parses the config; nothing is built yet."""
+        job.directory.mkdir(parents=True, exist_ok=True)
+        job.logging = OmegaConf.to_container(  # type: ignore[assignment]
+            job.config.hydra.job_logging, resolve=True
+        )
+        self.context.callbacks.on_job_start(
+            config=job.config, task_function=self.function
+        )
+        choices = job.config.hydra.runtime.choices
+        config: Any = job.returned.cfg
+        refuse_processes(config)
+        job.checked = read_composed(config, choices=choices)
+        settle_backend(job.spec)
+
+    def _group(self) -> "list[Group]":
+        """Traces what is to be compiled, and gives each job its program."""
+        from runner.lanes.groups import group_runs
+        from runner.platforms import set_compile_cache
+
+        groups: list[Group] = []
+        alike: dict[Any, list[Job]] = {}
+        for job in self.jobs:
+            if job.is_open:
+                where = job.number if job.changes_directory else None
+                alike.setdefault((job.environment, where), []).append(job)
+        for jobs in alike.values():  # a model's code may look at either
+            set_compile_cache(jobs[0].spec.train.compile_cache)
+            with standing_in(jobs[0]):
+                grouping = group_runs({job.number: job.spec for job in jobs})
+            groups += grouping.groups
+            for job in jobs:
+                if job.number in grouping.errors:
+                    with self._standing_in(job):
+                        self._end(job, grouping.errors[job.number])
+        self._make_programs(groups)
+        return groups
+
+    def _make_programs(self, groups: "list[Group]") -> None:
+        from runner.lanes.lane import Executable, make_lane
+
+        jobs = {job.number: job for job in self.jobs}
+        executables = []
+        for group in groups:
+            if group.alone is not None:
+                jobs[group.numbers[0]].program = group.alone
+                continue
+            executable = Executable(group.families[0].program)
+            executables.append(executable)
+            for family in group.families:
+                for number in family.numbers:
+                    spec = jobs[number].spec
+                    lane = make_lane(family.program, spec, executable)
+                    jobs[number].program = lane
+        # Compiling takes longer than what is left to be looked at before the start.
+        Thread(target=_compile_all, args=(executables,), daemon=True).start()
+
+    def _open(self, job: Job) -> None:
+        done = open_job(job, self.options)
+        if done is not None:
+            self._end(job, done)
+
+    def _run(self, groups: "list[Group]", stop: Callable[[], str]) -> None:
+        from runner.lanes.lane import Lane
+
+        jobs = {job.number: job for job in self.jobs if job.is_open}
+        beside: dict[Any, list[list[Job]]] = {}
+        alone: list[Job] = []
+        for group in groups:
+            members = [jobs[n] for n in group.numbers if n in jobs]
+            if not members:
+                continue
+            first = members[0]
+            if first.changes_directory or not isinstance(first.program, Lane):
+                alone += members
+            else:
+                beside.setdefault(first.environment, []).append(members)
+        for environment, sharing in beside.items():
+            with env_override(dict(environment)):
+                self._run_lanes(sharing, stop)
+        for job in alone:
+            self._attempt(job, lambda job: self._end(job, self._train(job, stop)))
+
+    def _run_lanes(self, sharing: list[list[Job]], stop: Callable[[], str]) -> None:
+        """Runs jobs of one environment, each list of which shares its programs."""
+        from runner.lanes.choose import choose, why_not_together
+        from runner.lanes.pool import count_workers, run_beside
+
+        most = self.options.max_lanes
+        workers = count_workers(
+            sum(map(len, sharing)), most=most, each=max(map(_bytes_of, sharing))
+        )
+        single: _Batches = []
+        stacked: list[tuple[_Batches, int]] = []
+        for jobs in sharing:
+            lanes: list[Any] = [job.program for job in jobs]
+            chosen = choose(lanes, mode=self.options.mode, workers=workers, most=most)
+            for job in jobs:
+                job.mode = str(chosen.mode) if len(jobs) > 1 else "job"
+            if self.options.mode is Mode.VMAP and job.mode == Mode.MAP:
+                why = why_not_together(lanes)
+                _log.warning("hydra.launcher.mode: map, not vmap, since %s", why)
+            if chosen.mode is Mode.MAP:
+                single += [[(job, partial(self._train, job, stop))] for job in jobs]
+            else:
+                batches = list(self._stack(jobs, chosen, stop))
+                stacked.append((batches, chosen.workers))
+        for batches, threads in [(single, workers), *stacked]:
+            for job, recorded in run_beside(batches, workers=threads):
+                with self._standing_in(job):
+                    self._end(job, recorded)
+
+    def _stack(
+        self, jobs: list[Job], chosen: "Chosen", stop: Callable[[], str]
+    ) -> "Iterator[_Batch]":
+        """Jobs that are computed together, as many at a time as their programs take."""
+        from runner.lanes.together import Together
+
+        assert chosen.stacked is not None
+        width = chosen.stacked.width
+        for i in range(0, len(jobs), width):
+            some = jobs[i : i + width]
+            together = Together(chosen.stacked, lanes=len(some), why=chosen.why)
+            batch: _Batch = []
+            for lane, job in enumerate(some):
+                program: Any = job.program
+                job.program = replace(program, place=together.place(lane))
+                task = partial(self._train, job, stop, partial(together.leave, lane))
+                batch.append((job, task))
+            yield batch
+
+    def _train(
+        self,
+        job: Job,
+        stop: Callable[[], str],
+        leave: Callable[[], None] = lambda: None,
+    ) -> "Recorded | None":
+        """Runs a job, in any thread; None where the sweep was stopped before.
+
+        Args:
+            job: The job.
+            stop: Says why to stop.
+            leave: Called at its end, for lanes that wait for each other.
+        """
+        from runner.recording import record_run
+        from runner.sinks.base import make_sinks
+
+        try:
+            if stop():
+                return None
+            own: Any = job.returned.hydra_cfg
+            pruning = prune_by(own.hydra, metric=job.spec.objective)
+            with self.logs.of(job.logging):
+                write_hydra_files(job.directory, job.composed, job=own.hydra)
+                recorded = record_run(
+                    job.made,
+                    directory=job.directory,
+                    secrets=job.composed.secrets,
+                    hazards=job.hazards,
+                    sweep=self._place(job),
+                    resumption=job.resumption,
+                    stop=lambda: stop() or pruning.reason,
+                    sinks=make_sinks(self._sinks(job)),
+                    listen=pruning.listen,
+                )
+            job.is_pruned = pruning.stopped(recorded.reason)
+            return recorded
+        finally:
+            leave()
+
+    def _place(self, job: Job) -> dict[str, Any]:
+        sweep, lanes = str(job.config.hydra.sweep.dir), len(self.jobs)
+        return {"id": sweep, "lane": job.number, "lanes": lanes, "mode": job.mode}
+
+    def _sinks(self, job: Job) -> Any:
+        """Those of the run, without a display: there are other lanes beside it."""
+        sinks, sweep = job.spec.sinks, Path(str(job.config.hydra.sweep.dir))
+        group = sinks.wandb.group or "-".join(sweep.parts[-3:])
+        return replace(
+            sinks,
+            terminal=TerminalSpec("disabled"),
+            wandb=replace(sinks.wandb, group=group),
+        )
+
+    def _end(self, job: Job, result: Any) -> None:
+        """Says how a job ended, to the user and to Hydra."""
+        returned = job.returned
+        returned.status = JobStatus.FAILED
+        if isinstance(result, Exception):
+            returned.return_value = result
+        elif result is None or (result.status == "interrupted" and not job.is_pruned):
+            self.is_interrupted = True
+            returned.return_value = RunFailedError(
+                f"run: stopped. See {job.directory}."
+            )
+        elif result.status == "failed":
+            text = f"run: {result.reason}. See {job.directory}."
+            returned.return_value = RunFailedError(text)
+        else:
+            returned.status = JobStatus.COMPLETED
+            returned.return_value = result.objective
+        self._tell(job, result)
+        self.context.callbacks.on_job_end(config=job.config, job_return=returned)
+
+    def _tell(self, job: Job, result: Any) -> None:
+        from runner.sinks.text import clean
+
+        name = clean(" ".join(filter_overrides(job.returned.overrides or [])))
+        if isinstance(result, Exception):
+            _log.error("job %s (%s): %s", job.number, name, in_one_line(result))
+            return
+        said = "not begun" if result is None else result.status
+        if result is not None and result.objective is not None:
+            said += f", {job.spec.objective} {result.objective:.4g}"
+        if result is not None and result.reason:
+            said += f" ({clean(result.reason)})"
+        if job.spec.sinks.terminal.mode != "disabled":
+            print_last(f"job {job.number} ({name}): {said}")
+        print_last(str(job.directory))
+
+    @contextlib.contextmanager
+    def _standing_in(self, job: Job) -> Iterator[None]:
+        with standing_in(job), self.logs.of(job.logging):
+            yield
+
+
+def _compile_all(executables: "list[Executable]") -> None:
+    with contextlib.suppress(Exception):  # whoever needs it is told
+        for executable in executables:
+            _ = executable.calls
+
+
+def _bytes_of(jobs: list[Job]) -> int:
+    """Of the state of one of the lanes."""
+    import jax
+
+    program: Any = jobs[0].program
+    leaves = jax.tree.leaves(program.initial)
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def launch_lanes(
+    context: HydraContext,
+    function: TaskFunction,
+    master: DictConfig,
+    job_overrides: Sequence[Sequence[str]],
+    *,
+    first: int,
+    options: Options,
+) -> list[JobReturn]:
+    """Runs the jobs of a sweep; what Hydra's launchers return of each.
+
+    Args:
+        context: Hydra's own.
+        function: What a job is, for callbacks.
+        master: The sweep's config.
+        job_overrides: Of each job.
+        first: Number of the first one.
+        options: `hydra.launcher`.
+    """
+    jobs = [
+        compose_job(context, master, overrides, number)
+        for number, overrides in enumerate(job_overrides, start=first)
+    ]
+    sweep = _Sweep(context, function, options)
+    if jobs:
+        sweep.launch(jobs)
+    if sweep.is_interrupted:
+        raise SystemExit(INTERRUPTED)
+    return [job.returned for job in jobs]

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Many runs through one compiled program: lanes, and which runs can be lanes."""

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes that are computed together: `vmap` over the compiled programs of a group.
+
+    calls = compile(vmap(setup), vmap(train), vmap(evaluate), vmap(digest))
+
+Each lane runs the loop of a run alone, in a thread of its own, and calls what stands
+here for its programs. The last lane that calls runs the call of all; the states stay
+on the device, stacked, and a lane gets a view of its own.
+
+Keys and draws are those of the run alone (with `threefry2x32`); floats are not, since
+the compiler adds and multiplies stacked arrays in another order.
+"""
+
+import threading
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from runner.fingerprint import fingerprint
+from runner.flags import trace_flags
+from runner.lanes.lane import Executable
+from runner.program import Calls, Program
+from runner.step import Batch, State
+
+__all__ = ["STEPS", "Stacked", "Together"]
+
+STEPS = 100  # in one call, at most; the usual steps between evaluations
+
+
+class Stacked:
+    """The compiled programs of a number of lanes.
+
+    Args:
+        executable: The group, whose lanes read the same rows.
+        width: How many lanes.
+    """
+
+    def __init__(self, executable: Executable, *, width: int) -> None:
+        self.program: Program = executable.program
+        self.width = width
+        self.window = min(STEPS, executable.window)
+        self._lock = threading.Lock()
+
+    @property
+    def calls(self) -> Calls:
+        """The programs; others who ask wait for the one who compiles."""
+        with self._lock:
+            return self._calls
+
+    @cached_property
+    def _calls(self) -> Calls:
+        with trace_flags(self.program.spec):
+            lowered = [
+                self._lower_setup(),
+                self._lower_train(),
+                self._lower_eval(),
+                jax.jit(jax.vmap(fingerprint)).lower(self._lanes(self.program.initial)),
+            ]
+        return Calls(*[each.compile() for each in lowered])
+
+    def _lower_setup(self) -> Any:
+        setup, args = self.program.setup_call()
+        return jax.jit(jax.vmap(setup)).lower(*map(self._lanes, args))
+
+    def _lower_train(self) -> Any:
+        train, (state, window, data, keys, hypers) = self.program.train_call()
+        batch = window["rows"].shape[1]
+        rows = jax.ShapeDtypeStruct((self.window, batch), jnp.int32)
+        over = jax.vmap(
+            train, in_axes=(0, {"first": None, "rows": 0, "steps": None}, None, 0, 0)
+        )
+
+        def call(
+            state: Any, takes: Any, window: Any, data: Batch, keys: Any, hypers: Any
+        ) -> Any:
+            after, rows, failed = over(state, window, data, keys, hypers)
+            return _choose(takes, after, state), rows, failed
+
+        return jax.jit(call, donate_argnums=0).lower(
+            self._lanes(state),
+            jax.ShapeDtypeStruct((self.width,), jnp.bool_),
+            {**window, "rows": self._lanes(rows)},
+            data,
+            self._lanes(keys),
+            self._lanes(hypers),
+        )
+
+    def _lower_eval(self) -> Any:
+        call, (sums, state, at, data, keys, hypers) = self.program.eval_call()
+        over = jax.vmap(call, in_axes=(0, 0, None, None, 0, 0))
+        return jax.jit(over).lower(
+            *map(self._lanes, (sums, state)),
+            at,
+            data,
+            *map(self._lanes, (keys, hypers)),
+        )
+
+    def _lanes(self, tree: Any) -> Any:
+        """Shapes with the lanes before all else."""
+        return jax.tree.map(
+            lambda s: jax.ShapeDtypeStruct(
+                (self.width, *s.shape), s.dtype, weak_type=s.weak_type
+            ),
+            tree,
+        )
+
+
+def _choose(takes: Any, after: Any, before: Any) -> Any:
+    """Of each lane, the state after a call that it takes part in, or before it."""
+
+    def choose(new: Any, old: Any) -> Any:
+        return jnp.where(takes.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+
+    return jax.tree.map(choose, after, before)
+
+
+class Together:
+    """Lanes that wait for each other before each call.
+
+    Args:
+        stacked: Their programs.
+        lanes: How many of them there are; at most the width of the programs.
+        why: Why their floats are not those of the runs alone.
+    """
+
+    def __init__(self, stacked: Stacked, *, lanes: int, why: str) -> None:
+        self.stacked, self.why = stacked, why
+        self._live = set(range(lanes))
+        self._asked: dict[int, _Request] = {}
+        self._answers: dict[int, Any] = {}
+        self._turn = threading.Condition()
+        self._error: BaseException | None = None
+        self.state: Any = None
+        self._keys: Any = None
+        self._hypers: Any = None
+
+    def place(self, lane: int) -> "_Place":
+        """What a lane calls."""
+        return _Place(self, lane)
+
+    def leave(self, lane: int) -> None:
+        """A lane has ended: nobody waits for it any more."""
+        with self._turn:
+            self._live.discard(lane)
+            self._run_when_all_asked()
+
+    def ask(self, lane: int, request: "_Request") -> Any:
+        """Waits until every lane asks for something; what the call gives this lane.
+
+        Raises:
+            Exception: the call of all lanes raised.
+        """
+        with self._turn:
+            self._asked[lane] = request
+            self._run_when_all_asked()
+            while lane not in self._answers and self._error is None:
+                self._turn.wait()
+            if self._error is not None:
+                raise self._error
+            return self._answers.pop(lane)
+
+    def _run_when_all_asked(self) -> None:
+        if not self._live or set(self._asked) != self._live:
+            return
+        asked, self._asked = self._asked, {}
+        alike: dict[tuple[str, Hashable], dict[int, _Request]] = {}
+        for lane, request in asked.items():
+            alike.setdefault((request.kind, request.at), {})[lane] = request
+        try:
+            for (kind, _), requests in alike.items():
+                self._answers |= getattr(self, f"_{kind}")(requests)
+        except BaseException as error:  # of the device: no lane can go on
+            self._error = error
+        self._turn.notify_all()
+
+    def _setup(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
+        seeds, hypers = (self._stack(asked, i) for i in (0, 1))
+        (state, keys), _ = self.stacked.calls.setup(seeds, hypers)
+        self.state, self._keys, self._hypers = state, keys, hypers
+        return {n: ((_State(self, n), None), None) for n in asked}
+
+    def _train(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
+        for lane, request in asked.items():
+            self._put(lane, request.args[0])
+        takes = np.isin(np.arange(self.stacked.width), list(asked))
+        rows = self._stack(asked, 1, "rows")
+        first, *_ = asked.values()
+        window = {**first.args[1], "rows": rows}
+        self.state, metrics, failed = self.stacked.calls.train(
+            self.state, takes, window, first.args[2], self._keys, self._hypers
+        )
+        fetched = _Fetched((metrics, failed))
+        return {n: (_State(self, n), *fetched.of(n)) for n in asked}
+
+    def _evaluate(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
+        first, *_ = asked.values()
+        before = first.args[0]
+        sums = {
+            name: value.whole
+            if isinstance(value, _Slice)
+            else np.zeros(self.stacked.width, np.float32)
+            for name, value in before.items()
+        }
+        after, _ = self.stacked.calls.evaluate(
+            sums, self.state, first.args[2], first.args[3], self._keys, self._hypers
+        )
+        fetched = _Fetched(after)
+        return {n: (fetched.of(n), None) for n in asked}
+
+    def _digest(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
+        fetched = _Fetched(self.stacked.calls.digest(self.state))
+        return {n: fetched.of(n) for n in asked}
+
+    def _stack(self, asked: Mapping[int, "_Request"], i: int, name: str = "") -> Any:
+        """An argument of all lanes; those that did not ask are given some lane's."""
+        given = {n: r.args[i][name] if name else r.args[i] for n, r in asked.items()}
+        some = next(iter(given.values()))
+        every = [given.get(n, some) for n in range(self.stacked.width)]
+        return jax.tree.map(lambda *each: np.stack(each), *every)
+
+    def _put(self, lane: int, state: Any) -> None:
+        """A state from elsewhere, where a lane goes on from a checkpoint."""
+        if not isinstance(state, _State):
+            self.state = _set(self.state, lane, state)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _set(stacked: Any, lane: Any, state: Any) -> Any:
+    return jax.tree.map(lambda all_, one: all_.at[lane].set(one), stacked, state)
+
+
+@jax.jit
+def _get(stacked: Any, lane: Any) -> Any:
+    return jax.tree.map(lambda all_: all_[lane], stacked)
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A call that a lane asks for; those of one kind, at one place, are one call."""
+
+    kind: str
+    args: tuple[Any, ...]
+    at: Hashable = None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """What a lane calls in place of compiled programs of its own."""
+
+    together: Together
+    lane: int
+
+    @property
+    def calls(self) -> Calls:
+        return Calls(self._setup, self._train, self._evaluate, self._digest)
+
+    @property
+    def window(self) -> int:
+        return self.together.stacked.window
+
+    @property
+    def why(self) -> str:
+        return self.together.why
+
+    def _setup(self, *args: Any) -> Any:
+        return self._ask("setup", args)
+
+    def _train(self, *args: Any) -> Any:
+        window = args[1]
+        return self._ask("train", args, (int(window["first"]), int(window["steps"])))
+
+    def _evaluate(self, *args: Any) -> Any:
+        return self._ask("evaluate", args, int(args[2]["part"]))
+
+    def _digest(self, *args: Any) -> Any:
+        return self._ask("digest", args)
+
+    def _ask(self, kind: str, args: tuple[Any, ...], at: Hashable = None) -> Any:
+        return self.together.ask(self.lane, _Request(kind, args, at))
+
+
+class _State:
+    """A lane's state, as a view of the stacked one; sliced when it is looked at."""
+
+    def __init__(self, together: Together, lane: int) -> None:
+        self._together, self._lane = together, lane
+
+    def __getattr__(self, name: str) -> Any:
+        whole = self._together.state
+        if name in State._fields:
+            return _get(getattr(whole, name), self._lane)
+        return getattr(_get(whole, self._lane), name)
+
+
+class _Fetched:
+    """What a call gave to all lanes, copied from the device once for all."""
+
+    def __init__(self, tree: Any) -> None:
+        self.tree = tree
+        self._lock = threading.Lock()
+        for leaf in jax.tree.leaves(tree):
+            leaf.copy_to_host_async()
+
+    def of(self, lane: int) -> Any:
+        """The same tree, of one lane."""
+        leaves, structure = jax.tree.flatten(self.tree)
+        own = [_Slice(self, i, lane) for i in range(len(leaves))]
+        return jax.tree.unflatten(structure, own)
+
+    @cached_property
+    def _arrays(self) -> list[np.ndarray]:
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(self.tree)]
+
+    def array(self, leaf: int) -> np.ndarray:
+        """One of its arrays, on the host."""
+        with self._lock:
+            return self._arrays[leaf]
+
+
+@dataclass(frozen=True)
+class _Slice:
+    """A lane's part of an array of all lanes; `jax.device_get` asks for the array."""
+
+    fetched: _Fetched
+    leaf: int
+    lane: int
+
+    @property
+    def whole(self) -> Any:
+        """Of all lanes, on the device."""
+        return jax.tree.leaves(self.fetched.tree)[self.leaf]
+
+    def __array__(self, *_: Any, **__: Any) -> np.ndarray:
+        return np.asarray(self.fetched.array(self.leaf)[self.lane])

@@ -1,0 +1,236 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lanes by `vmap`: keys of the runs alone, floats near them, ends of their own."""
+
+import json
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from runner.compile import compile_run
+from runner.course import Start
+from runner.kept import PARTS
+from runner.lanes.choose import choose, why_not_together
+from runner.lanes.groups import group_runs
+from runner.lanes.lane import Executable, Lane, make_lane
+from runner.lanes.mode import Mode
+from runner.lanes.pool import run_beside
+from runner.lanes.together import Stacked, Together
+from runner.loop import Outcome, train
+from runner.recording import record_run
+from runner.records.events import TrainRecord
+from runner.records.secrets import Secrets
+
+pytestmark = [pytest.mark.promotes, pytest.mark.xdist_group("together")]
+
+WORDS = (
+    *("+experiment=dropout", "model.features=[16]", "train.steps=30", "sinks=none"),
+    *("eval.every=10", "checkpoint.digest_every=10", "data.batch_size=64"),
+)
+WIDTH = 4
+
+
+def lanes_of(specs: list[Any]) -> list[Lane]:
+    (found,) = group_runs(dict(enumerate(specs))).groups
+    executable = Executable(found.families[0].program)
+    made = {
+        n: make_lane(family.program, specs[n], executable)
+        for family in found.families
+        for n in family.numbers
+    }
+    return [made[n] for n in sorted(made)]
+
+
+@pytest.fixture(scope="module")
+def stacked(make_spec: Any) -> Stacked:
+    """Compiled once for all tests here."""
+    (lane,) = lanes_of([make_spec(*WORDS)])
+    return Stacked(lane.executable, width=WIDTH)
+
+
+def run_together(
+    stacked: Stacked, specs: list[Any], directory: Path
+) -> list[dict[str, Any]]:
+    """The manifests of runs that are computed together."""
+    lanes = [
+        make_lane(stacked.program, spec, Executable(stacked.program)) for spec in specs
+    ]
+    together = Together(stacked, lanes=len(lanes), why="together")
+
+    def run(n: int, lane: Lane) -> None:
+        where = directory / str(n)
+        where.mkdir(parents=True)
+        try:
+            placed = replace(lane, place=together.place(n))
+            record_run(placed, directory=where, secrets=Secrets({}, ()))
+        finally:
+            together.leave(n)
+
+    batch = [(n, partial(run, n, lane)) for n, lane in enumerate(lanes)]
+    assert [each for _, each in run_beside([batch], workers=1)] == [None] * len(lanes)
+    texts = [(directory / str(n) / "run.json").read_text() for n in range(len(lanes))]
+    return [json.loads(text) for text in texts]
+
+
+def losses(directory: Path) -> np.ndarray:
+    rows = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return np.array([row["loss"] for row in rows])
+
+
+def test_keys_are_equal_and_floats_near(
+    make_spec: Any, stacked: Stacked, tmp_path: Path
+) -> None:
+    differ = ["seed=0", "seed=1 optimizer.learning_rate=0.1", "model.dropout_rate=0"]
+    specs = [make_spec(*WORDS, *each.split()) for each in differ]
+    made = run_together(stacked, specs, tmp_path)
+    for n, spec in enumerate(specs):
+        where = tmp_path / f"alone{n}"
+        where.mkdir()
+        record_run(compile_run(spec), directory=where, secrets=Secrets({}, ()))
+        alone = json.loads((where / "run.json").read_text())
+        for equal in ("keys", "data", "config"):
+            assert made[n]["digests"][equal] == alone["digests"][equal]
+        batches = [
+            [json.loads(line)["batches"] for line in path.read_text().splitlines()]
+            for path in (where / "states.jsonl", tmp_path / str(n) / "states.jsonl")
+        ]
+        assert batches[0] == batches[1]
+        near = np.abs(losses(where) - losses(tmp_path / str(n)))
+        assert near.max() < 1e-4
+        assert made[n]["steps"] == alone["steps"] == 30
+        assert made[n]["guarantee"]["level"] == "key-exact"
+        assert "together" in made[n]["guarantee"]["reasons"]
+        assert alone["guarantee"]["level"] == "bit-exact"
+
+
+def test_lanes_end_by_themselves(
+    make_spec: Any, stacked: Stacked, tmp_path: Path
+) -> None:
+    """One diverges, one stops early, one saves and evaluates at other steps: the
+    others end with the bits that they have beside well-behaved neighbours.
+    """
+    calm = ["seed=0", "seed=1", "seed=2", "seed=3"]
+    wild = [
+        "seed=0",
+        "seed=1 optimizer.learning_rate=1e20",
+        "seed=2 eval.patience=1 eval.min_delta=1",
+        "seed=3 eval.every=7 checkpoint.every=4",
+    ]
+    specs = [[make_spec(*WORDS, *e.split()) for e in each] for each in (calm, wild)]
+    before = run_together(stacked, specs[0], tmp_path / "calm")
+    after = run_together(stacked, specs[1], tmp_path / "wild")
+    assert [each["status"] for each in before] == ["completed"] * 4
+    statuses = ["completed", "failed", "completed", "completed"]
+    assert [each["status"] for each in after] == statuses
+    assert "not finite at step" in after[1]["reason"]
+    assert "early stop at step 20" in after[2]["reason"]
+    assert (after[2]["steps"], after[0]["steps"]) == (20, 30)
+    for n in (0, 3):
+        assert before[n]["digests"]["params"] == after[n]["digests"]["params"]
+
+
+def test_a_lane_goes_on_from_a_checkpoint(make_spec: Any, stacked: Stacked) -> None:
+    """Beside one that begins: each takes steps of its own, and they end as before."""
+    specs = [make_spec(*WORDS, f"seed={n}") for n in range(2)]
+    lanes = [make_lane(stacked.program, s, Executable(stacked.program)) for s in specs]
+
+    def run(starts: list[Start]) -> list[list[Any]]:
+        together = Together(stacked, lanes=2, why="together")
+
+        def one(n: int) -> list[Any]:
+            try:
+                placed = replace(lanes[n], place=together.place(n))
+                events = list(train(placed, start=starts[n]))
+                end = events[-1]
+                assert isinstance(end, Outcome)
+                events[-1] = {p: getattr(end.state, p) for p in PARTS}
+                return events
+            finally:
+                together.leave(n)
+
+        batch = [(n, partial(one, n)) for n in range(2)]
+        return [events for _, events in sorted(run_beside([batch], workers=1))]
+
+    whole = run([Start(), Start()])
+    halves = [
+        replace(lane, spec=replace(s, train=replace(s.train, steps=20)))
+        for lane, s in zip(lanes, specs, strict=True)
+    ]
+    lanes, kept_lanes = halves, lanes
+    half = run([Start(), Start()])
+    lanes = kept_lanes
+    gone_on = run([Start(), Start(20, half[1][-1])])
+    for ours, theirs in zip(gone_on, whole, strict=True):
+        first, second = (
+            [np.asarray(leaf) for leaf in _leaves(events[-1])]
+            for events in (ours, theirs)
+        )
+        assert all(
+            a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True)
+        )
+    steps = [e.first_step for e in gone_on[1] if isinstance(e, TrainRecord)]
+    assert steps[0] == 20
+
+
+def _leaves(tree: Any) -> list[Any]:
+    import jax
+
+    return list(jax.tree.leaves(tree))
+
+
+def test_what_a_call_raises_ends_every_lane(make_spec: Any) -> None:
+    lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(2)])
+
+    class Broken(Stacked):
+        @property
+        def calls(self) -> Any:
+            raise ValueError("no memory")
+
+    together = Together(Broken(lanes[0].executable, width=2), lanes=2, why="")
+
+    def one(n: int) -> None:
+        try:
+            list(train(replace(lanes[n], place=together.place(n))))
+        finally:
+            together.leave(n)
+
+    batch = [(n, partial(one, n)) for n in range(2)]
+    found = [str(error) for _, error in run_beside([batch], workers=1)]
+    assert found == ["no memory"] * 2
+
+
+# --- the choice
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        ("+experiment=cnn data=digits", "convolutions on CPU are slow together"),
+        ("rng.impl=rbg", "rng.impl rbg draws other bits under vmap"),
+        ("rng.observe=true", "keys of lanes together can't be observed"),
+    ],
+)
+def test_what_is_not_for_vmap_is_mapped(make_spec: Any, words: str, why: str) -> None:
+    common = [word for word in WORDS if word.split("=")[0] != "model.features"]
+    lanes = lanes_of(
+        [
+            make_spec(*common[(words[:1] == "+") :], *words.split(), f"seed={n}")
+            for n in range(2)
+        ]
+    )
+    assert why_not_together(lanes) == why
+    assert choose(lanes, mode=Mode.VMAP, workers=2, most=None).mode is Mode.MAP
+
+
+def test_a_short_sweep_is_not_measured(make_spec: Any) -> None:
+    lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(2)])
+    assert choose(lanes, mode=Mode.AUTO, workers=2, most=None).mode is Mode.MAP
+
+
+def test_other_rows_are_not_for_vmap(make_spec: Any) -> None:
+    words = [[*WORDS, f"rng.streams.split.seed={n}"] for n in range(2)]
+    lanes = lanes_of([make_spec(*each) for each in words])
+    assert why_not_together(lanes) == "they read other rows"
