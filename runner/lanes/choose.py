@@ -27,6 +27,9 @@ __all__ = ["Chosen", "choose", "why_not_together"]
 _LEAST = 8  # lanes of a group for which a second program may pay
 _WORTH = 6.0  # seconds of training that are left, for each that measuring takes
 _GAIN = 0.8  # of the time: what other rounding has to win
+_RECORD = (
+    0.25  # seconds of a lane's record, which mapped lanes write while others train
+)
 _SECONDS = 0.2  # of a measurement
 _COMPARED = 8  # steps after which floats are compared
 _MEMORY = 0.5  # of what is free
@@ -90,12 +93,13 @@ def choose(
             return Chosen(Mode.MAP)
         sides = [_Alone(lane) for lane in lanes[:workers]]
         seconds = _measure([side.take for side in sides]) / len(sides)
-        left = sum(lane.spec.train.steps for lane in lanes) * seconds
-        if left < _WORTH * max(compiled, 1.0):
+        steps, record = sum(n.spec.train.steps for n in lanes), _RECORD * len(lanes)
+        if steps * seconds < _WORTH * max(compiled, 1.0) + record:
             return Chosen(Mode.MAP)
         groups = [_Stack(stacked, lanes[i::stacks]) for i in range(stacks)]
         ours = _measure([group.take for group in groups])
-        if ours / sum(min(width, len(g.lanes)) for g in groups) > _GAIN * seconds:
+        ours /= sum(min(width, len(group.lanes)) for group in groups)
+        if steps * ours + record > _GAIN * steps * seconds:
             return Chosen(Mode.MAP)
     return Chosen(Mode.VMAP, stacked, stacks, _compare(stacked, lanes))
 
