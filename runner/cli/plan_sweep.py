@@ -4,6 +4,7 @@
 import json
 import sys
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from hydra import initialize_config_dir
@@ -13,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import setup_globals
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from runner import CONF_DIR
 from runner.cli.composing import compose_once
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plan_sweep"]
 
+_GRID = "hydra_plugins.runner.grid.GridSweeper"
 _BASIC = f"{BasicSweeper.__module__}.{BasicSweeper.__name__}"
 _SHOWN = 12  # numbers of jobs in a row
 
@@ -92,15 +94,27 @@ def _expand(loader: Any, words: list[str]) -> tuple[DictConfig, list[list[str]]]
     """
     config = loader.load_configuration("config", words, run_mode=RunMode.MULTIRUN)
     sweeper = config.hydra.sweeper
-    if sweeper.get("_target_") != _BASIC:
+    target, task = sweeper.get("_target_"), list(config.hydra.overrides.task)
+    if target == _GRID:
+        from hydra_plugins.runner._grid_core import list_jobs
+
+        options = {name: sweeper[name] for name in ("zip", "repeats", "max_batch_size")}
+        context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        grid = SimpleNamespace(
+            **options,
+            params=sweeper.params or {},
+            config=config,
+            hydra_context=context,
+        )
+        return config, list_jobs(grid, task)
+    if target != _BASIC:
         raise ConfigError(
             "hydra/sweeper",
-            "plan lists the jobs of Hydra's basic sweeper alone",
+            "plan lists the jobs of a grid alone",
             got=config.hydra.runtime.choices["hydra/sweeper"],
             fix="Leave it out, or plan one job",
         )
     params = [f"{k}={v}" for k, v in (sweeper.params or {}).items()]
-    task: Any = OmegaConf.to_container(config.hydra.overrides.task)
     parsed = OverridesParser.create(loader).parse_overrides([*params, *task])
     batches = BasicSweeper.split_arguments(parsed, max_batch_size=None)
     return config, [job for batch in batches for job in batch]
