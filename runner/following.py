@@ -70,12 +70,12 @@ def begin_together(program: Compiled) -> None:
         peers().meet()
 
 
-def compare_keys(program: Compiled) -> Comparison | None:
+def compare_keys(program: Compiled, ledger: Mapping[str, Any]) -> Comparison | None:
     """What compares the keys of the running program, where `rng.observe` says so."""
     if not program.spec.rng.observe:
         return None
     window = program.window if isinstance(program, Program) else 1
-    return Comparison(make_ledger(program), window=window)
+    return Comparison(ledger, window=window)
 
 
 def follow_run(
@@ -104,7 +104,7 @@ def follow_run(
         events = train(
             program,
             start=start,
-            watch=compare_keys(program),
+            watch=compare_keys(program, make_ledger(program)),
             share=company.share,
         )
         for event in events:

@@ -158,7 +158,7 @@ class _Recording:
         self.objective: tuple[int, float] | None = None  # at the last evaluation
         self.outputs: Outputs | None = None
         self.taken = self.start.step  # steps whose metrics are written
-        self.comparison = compare_keys(program)
+        self.comparison = compare_keys(program, self.ledger)
         for record in self.start.evaluated:
             self._take_eval(record)
 

@@ -46,7 +46,7 @@ from runner.spec import (
     StreamSpec,
 )
 
-STEP, EPOCH, MICROBATCH = Coordinate
+STEP, EPOCH, MICROBATCH, _ = Coordinate
 FOLD, CARRY, SPLIT = Rule
 ALL = frozenset(Coordinate)
 IMPLS = [str(impl) for impl in Impl]

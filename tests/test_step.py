@@ -302,7 +302,7 @@ def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evalua
             f"eval.batch_size={'null' if batch_size is None else batch_size}",
         )
         program = compile_run(spec)
-        loop = _Loop(program, BEGINNING, lambda: "", None)
+        loop = _Loop(program, BEGINNING, lambda: "", None, lambda value: value)
         state, loop.keys, loop.hypers = program.start()
         loop._evaluate(state, 0)
         result, _ = jax.device_get(loop.pending.pop().result)

@@ -18,7 +18,6 @@ from runner.determinism import settle_backend
 from runner.errors import ConfigError, RecordError, RunFailedError, UntrustedTargetError
 from runner.processes.join import join
 from runner.processes.peers import peers
-from runner.records.closing import close_record
 from runner.records.files import claim_directory
 from runner.spec import RunSpec
 
@@ -133,6 +132,7 @@ def make_program(
 
 
 def _close_record(directory: Path, line: str) -> None:
+    from runner.records.closing import close_record
     from runner.sinks.jsonl import FILES
 
     # The line at hand is worth more than what a broken record raises.
