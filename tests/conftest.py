@@ -40,6 +40,19 @@ def promotion(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def no_version_base() -> Iterator[None]:
+    """As in a process of its own: Hydra's suites name none, other tests here do."""
+    from hydra.core.singleton import Singleton
+    from hydra.version import VersionBase
+
+    before = Singleton._instances.pop(VersionBase, None)
+    yield
+    Singleton._instances.pop(VersionBase, None)
+    if before is not None:
+        Singleton._instances[VersionBase] = before
+
+
 @pytest.fixture(scope="session")
 def compose_config() -> Callable[..., dict[str, Any]]:
     """Overrides, as on the command line, to the resolved config as plain data."""

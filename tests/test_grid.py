@@ -109,6 +109,7 @@ def test_an_invalid_job_is_named_first_and_stops_no_other(
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [OURS])])
+@pytest.mark.usefixtures("no_version_base")
 class TestSweeper(LauncherTestSuite):
     """Hydra's own, by way of our sweeper."""
 
@@ -117,5 +118,6 @@ class TestSweeper(LauncherTestSuite):
     ("launcher_name", "overrides"),
     [("basic", [OURS, "hydra.sweeper.max_batch_size=2"])],
 )
+@pytest.mark.usefixtures("no_version_base")
 class TestBatches(BatchedSweeperTestSuite):
     """Hydra's own, by way of our sweeper."""

@@ -1,36 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suites that Hydra ships for launchers: any application can use ours."""
 
-from collections.abc import Iterator
-
 import pytest
 from hydra.core.plugins import Plugins
-from hydra.core.singleton import Singleton
 from hydra.plugins.launcher import Launcher
 from hydra.test_utils.launcher_common_tests import (
     BatchedSweeperTestSuite,
     IntegrationTestSuite,
     LauncherTestSuite,
 )
-from hydra.version import VersionBase
 
 # Hydra's plugins are singletons: the first look-up is to find ours among them.
 from hydra_plugins.runner.vectorized import VectorizedLauncher
 
 # Their applications name no `version_base`, and so are told of changes to come.
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*Future Hydra versions will no longer change working directory"
-)
-
-
-@pytest.fixture(autouse=True)
-def version_base() -> Iterator[None]:
-    """None, as in a process of their own: other tests here name one."""
-    before = Singleton._instances.pop(VersionBase, None)
-    yield
-    Singleton._instances.pop(VersionBase, None)
-    if before is not None:
-        Singleton._instances[VersionBase] = before
+pytestmark = [
+    pytest.mark.usefixtures("no_version_base"),
+    pytest.mark.filterwarnings(
+        "ignore:.*Future Hydra versions will no longer change working directory"
+    ),
+]
 
 
 def test_hydra_finds_the_launcher() -> None:
