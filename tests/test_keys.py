@@ -46,9 +46,10 @@ from runner.spec import (
     StreamSpec,
 )
 
-STEP, EPOCH, MICROBATCH, _ = Coordinate
+COORDINATES = [c for c in Coordinate if c is not Coordinate.PROCESS]  # those of keys
+STEP, EPOCH, MICROBATCH = COORDINATES
 FOLD, CARRY, SPLIT = Rule
-ALL = frozenset(Coordinate)
+ALL = frozenset(COORDINATES)
 IMPLS = [str(impl) for impl in Impl]
 SEEDS = [0, 1, 2**31 - 1, 2**31, 2**32 - 1]
 STEPS_PER_EPOCH = 2
@@ -217,7 +218,7 @@ def test_phases(phase: Phase, folds: list[str], derive: Derive) -> None:
 
 @pytest.mark.parametrize(
     "order",
-    [o for n in range(4) for o in itertools.permutations(Coordinate, n)],
+    [o for n in range(4) for o in itertools.permutations(COORDINATES, n)],
     ids="-".join,
 )
 @pytest.mark.parametrize(("step", "microbatch"), [(0, 0), (6, 1), (2**31 - 1, 3)])
@@ -487,7 +488,7 @@ names = st.from_regex(r"[a-z]{1,6}", fullmatch=True).filter(
 
 @st.composite
 def stream_specs(draw: Any) -> StreamSpec:
-    order = draw(st.permutations(list(Coordinate)))[: draw(st.integers(0, 3))]
+    order = draw(st.permutations(list(COORDINATES)))[: draw(st.integers(0, 3))]
     rules = dict.fromkeys(order, FOLD)
     if draw(st.booleans()):
         rules = {STEP: CARRY} | {c: r for c, r in rules.items() if c is not STEP}
@@ -519,7 +520,7 @@ def test_other_streams_move_no_key(streams: Any, data: Any) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.permutations(list(Coordinate)).flatmap(
+    st.permutations(list(COORDINATES)).flatmap(
         lambda o: st.integers(1, 3).map(lambda n: tuple(o[:n]))
     ),
     st.integers(0, 2**31 - 1),
