@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several processes that are one run. No JAX but in `join`.
+"""Several processes that are one run. No JAX in those that watch, but to ask a cluster.
 
     supervisor 0 ---- supervisor 1 ---- ...      TCP, to the coordinator's port
         |                  |
