@@ -513,6 +513,74 @@ def test_a_process_that_is_silent_is_lost() -> None:
     theirs.close()
 
 
+STOPS = """
+wire.send(training="run")
+heard = 0
+while heard < 2:
+    message = wire.receive(30)
+    heard += "stop" in message
+    if "stop" in message and heard == 1:
+        wire.send(stopping=1)
+import time
+time.sleep(1.5)  # it saves
+wire.send(ended=1)
+sys.exit(130)
+"""
+
+
+@pytest.mark.usefixtures("quiet_signals")
+def test_who_stops_has_the_time_that_a_save_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All are told to stop, one after the other; only the first must be answered."""
+    monkeypatch.setattr("runner.processes.supervisor._ANSWER", 1.0)
+    mine, theirs = pair()
+    supervisor = supervise(STOPS, {1: mine})
+    supervisor.heartbeat = 30.0
+
+    def others() -> None:
+        theirs.send(stop="process 1 of 2 (b) was told to stop (SIGTERM)")
+        while "ended" not in theirs.receive(30):
+            if supervisor.asked and supervisor.stops is None and not again.is_set():
+                again.set()
+                theirs.send(stop="and again")
+        theirs.send(ended=1)
+
+    again = threading.Event()
+    thread = threading.Thread(target=others)
+    thread.start()
+    assert supervisor.run() == 130
+    assert supervisor.fault is None
+    assert again.is_set()
+    thread.join()
+
+
+@pytest.mark.usefixtures("quiet_signals")
+def test_who_does_not_answer_a_stop_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runner.processes.supervisor._ANSWER", 0.5)
+    mine, theirs = pair()
+    supervisor = supervise("wire.send(training='run')" + WAITS, {1: mine})
+    supervisor.heartbeat = 30.0
+    theirs.send(stop="process 1 of 2 (b) was told to stop (SIGTERM)")
+    assert supervisor.run() == 1
+    assert supervisor.fault is not None
+    said = supervisor.say(supervisor.fault)
+    assert said == "process 0 of 2 (a) did not stop within 0.5 s"
+    theirs.close()
+
+
+@pytest.mark.usefixtures("quiet_signals")
+def test_a_signal_stops_a_run_that_trains_and_ends_one_that_does_not() -> None:
+    mine, theirs = pair()
+    supervisor = supervise(WAITS, {1: mine})
+    supervisor.signals.append(signal.SIGTERM)
+    assert supervisor.run() == 130
+    assert supervisor.fault is not None
+    said = supervisor.say(supervisor.fault)
+    assert said == "process 0 of 2 (a) was stopped (SIGTERM)"
+    theirs.close()
+
+
 @pytest.mark.usefixtures("quiet_signals")
 def test_the_words_of_another_hold_for_all() -> None:
     mine, theirs = pair()

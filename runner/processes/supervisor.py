@@ -69,7 +69,8 @@ class Supervisor:
         self.company, self.index = company, company.place.index
         self.child, self.wire, self.heartbeat = child, wire, heartbeat
         self.words = words
-        self.stops: float | None = None  # when it must have begun to stop
+        self.asked = False  # to stop
+        self.stops: float | None = None  # when it must have begun to
         self.wires = dict(company.wires)  # to those that still run
         self.heard = dict.fromkeys((self.index, *self.wires), time.monotonic())
         self.fault: Fault | None = None
@@ -79,14 +80,17 @@ class Supervisor:
         self.directory: Path | None = None  # of the run, once it trains
         self.arrived: set[int] = set()  # of those that meet
         self.signals: list[int] = []
+        self.heeded = 0  # of the signals
 
     def run(self) -> int:
         """Returns the exit code when the process and, for 0, all others have ended."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda got, _: self._on_signal(got))
+            # Noted alone: it may come in the middle of a message that is being sent.
+            signal.signal(number, lambda got, _: self.signals.append(got))
         beat = time.monotonic()
         while not self._is_over():
             self._listen(_BEAT / 4)
+            self._heed_signals()
             self._look_after_child()
             since = time.monotonic() - beat
             if since >= _BEAT:
@@ -244,15 +248,15 @@ class Supervisor:
             if now - self.heard[index] > limit:
                 self._lose(index, f"was not heard of for {limit:g} s")
 
-    def _on_signal(self, number: int) -> None:
+    def _heed_signals(self) -> None:
         """The first one asks the run to stop, where it can; the second one ends it."""
-        self.signals.append(number)
-        if self.code is not None:
+        before, self.heeded = self.heeded, len(self.signals)
+        if self.heeded == before or self.code is not None:
             return
-        if len(self.signals) > 1 or self.directory is None:
+        if self.heeded > 1 or self.directory is None:
             os.kill(self.child, signal.SIGKILL)
             return
-        name = signal.Signals(number).name
+        name = signal.Signals(self.signals[0]).name
         message = {
             "stop": f"{self.company.names[self.index]} was told to stop ({name})"
         }
@@ -262,7 +266,8 @@ class Supervisor:
             self._stop(message)
 
     def _stop(self, message: Mapping[str, Any]) -> None:
-        self.stops = self.stops or time.monotonic() + _ANSWER
+        if not self.asked:  # it answers once
+            self.asked, self.stops = True, time.monotonic() + _ANSWER
         self._tell_child(message)
 
     def _tell(self, message: Mapping[str, Any]) -> None:
