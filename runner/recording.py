@@ -315,7 +315,9 @@ class _Recording:
         for name in (".", "keys", ".hydra"):
             clear_unfinished(self.directory / name)
         write_atomically(self.directory / _RESERVE_FILE, bytes(_RESERVE))
-        config = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+        config = yaml.dump(
+            self.config, Dumper=yaml.CSafeDumper, sort_keys=False, allow_unicode=True
+        )
         ledger = json.dumps(self.ledger, indent=1, allow_nan=False) + "\n"
         texts = {"config.yaml": config, "keys/ledger.json": ledger}
         paths = {self.directory / name: text for name, text in texts.items()}

@@ -4,6 +4,7 @@
 import json
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,21 @@ def test_a_step_is_saved_once(run: Path) -> None:
     checkpoints.save(2, state_at(7), written=NOTHING)
     checkpoints.close()
     assert readable(run) == {1: 1.0, 2: 2.0}
+
+
+def test_runs_in_threads_save_at_the_same_time(tmp_path: Path) -> None:
+    def save(run: int) -> dict[int, float]:
+        (tmp_path / str(run)).mkdir()
+        (tmp_path / str(run) / "run.json").write_text("{}")
+        checkpoints = keep(tmp_path / str(run), keep=4)
+        for step in range(1, 5):
+            checkpoints.save(step, state_at(100 * run + step), written=NOTHING)
+        checkpoints.close()
+        return readable(tmp_path / str(run))
+
+    with ThreadPoolExecutor(6) as pool:
+        for run, found in enumerate(pool.map(save, range(12))):
+            assert found == {step: 100.0 * run + step for step in range(1, 5)}
 
 
 def test_what_is_deleted_is_off_the_list_first(

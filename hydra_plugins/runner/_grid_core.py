@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.errors import ConfigError, did_you_mean
@@ -173,9 +173,10 @@ def _error_of(config: DictConfig) -> ConfigError | None:
     """What is wrong with a job's config, as far as it is known before it starts."""
     from runner.cli.config import read_composed
 
-    job = config.copy()
-    with read_write(job), open_dict(job):
-        del job["hydra"]
+    names: Any = [name for name in config if name != "hydra"]
+    job = OmegaConf.masked_copy(config, names)
+    OmegaConf.set_struct(job, OmegaConf.is_struct(config))
+    OmegaConf.copy_cache(from_config=config, to_config=job)
     try:
         read_composed(job, choices=config.hydra.runtime.choices)
     except ConfigError as error:

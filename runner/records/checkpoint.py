@@ -12,7 +12,6 @@ import contextlib
 import json
 import logging
 import shutil
-import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -37,9 +36,6 @@ __all__ = [
 FOLDER = "checkpoints"
 ITEM = "default"  # as `orbax.checkpoint.CheckpointManager` calls what it saves
 _LONGEST = 300  # characters of what Orbax says
-# Orbax tells its saves apart by a counter of the process: two at a time, by runs in
-# two threads, take each other's directories, or wait for each other in vain.
-_one_save = threading.Lock()
 _SPARE = 16 * 2**20  # bytes that must stay free on the disk
 
 
@@ -121,15 +117,10 @@ class Checkpoints:
         if step in self._saved:
             return  # a state is a function of its step
         saved = Saved(self._run_id, step, objective, dict(written), {})
-        _one_save.acquire()  # until Orbax is done, in another thread
-        try:
-            with told():
-                self._refuse_full_disk(state)
-                self._start(step, state)
-            self._pending = self._worker.submit(self._complete, saved)
-        except BaseException:
-            _one_save.release()
-            raise
+        with told():
+            self._refuse_full_disk(state)
+            self._start(step, state)
+        self._pending = self._worker.submit(self._complete, saved)
 
     def check(self) -> None:
         """Raises what went wrong in the background, without waiting for it."""
@@ -158,10 +149,7 @@ class Checkpoints:
     def _complete(self, saved: Saved) -> None:
         """In the background: waits for Orbax, then vouches for what it wrote."""
         with told():
-            try:
-                self._manager.wait_until_finished()
-            finally:
-                _one_save.release()
+            self._manager.wait_until_finished()
             folder = self._directory / str(saved.step)
             files = _digest_folder(folder)
             whole = Saved(
@@ -201,7 +189,10 @@ def open_manager(directory: Path) -> Any:
 
     for name in ("absl", "asyncio"):  # hundreds of lines on what `told` says
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    options = ocp.CheckpointManagerOptions()
+    # Directories made in the background are waited for by a counter of the process: two
+    # saves at a time, by runs in two threads, would take each other's for their own.
+    background = ocp.AsyncOptions(create_directories_asynchronously=False)
+    options = ocp.CheckpointManagerOptions(async_options=background)
     return ocp.CheckpointManager(directory.resolve(), options=options)
 
 

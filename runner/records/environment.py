@@ -6,7 +6,9 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +87,8 @@ _JAX_CONFIG = (
 )
 
 
-def read_versions() -> dict[str, str]:
+@cache  # reading them takes 5 ms, and a sweep has many runs
+def read_versions() -> Mapping[str, str]:
     """Version of Python and of each package that a run's bits may depend on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
