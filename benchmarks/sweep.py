@@ -2,27 +2,30 @@
 """A sweep as lanes, against the same sweep by other launchers and by hand.
 
     python benchmarks/sweep.py [--jobs 8 32] [--cases tiny mlp cnn attention]
-                               [--ways lanes map vmap basic processes joblib hand]
+                               [--ways lanes map vmap shares basic cold processes
+                                       joblib hand]
                                [--rounds 1] [--steps 500]
 
 Each way is one process (or, `processes`, one for each job), from its start to its
 end; the ways of a round take turns. All share one compile cache, which a first job
-has warmed for all but `vmap` and `hand`. Seeds times four dropout rates are swept;
-every way but `hand` leaves a whole record of each job, with its checkpoint.
+has warmed for all but `vmap` and `hand`; `cold` is Hydra's basic launcher without
+it. Seeds times four dropout rates are swept; every way but `hand` leaves a whole
+record of each job, with its checkpoint. `compile` and `hydra` are seconds spent in
+lowering and XLA, and in composing, of the process that was started.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -37,14 +40,15 @@ _ATTENTION = (
     "{_target_: flax.linen.LayerNorm}, {_target_: models.Dropout, rate: 0.1}, "
     "{_target_: models.Flatten}, {_target_: flax.linen.Dense, features: 10}]}",
 )
-_CASES = {  # overrides, the swept rate, features for `hand`
-    "tiny": (("model.features=[64]",), "model.dropout_rate", "64"),
-    "mlp": ((), "model.dropout_rate", "512,256"),
-    "cnn": (("model=cnn",), "model.dropout_rate", ""),
-    "attention": (_ATTENTION, "model.layers.3.rate", ""),
+_CASES = {  # overrides, the swept rate
+    "tiny": (("model.features=[64]",), "model.dropout_rate"),
+    "mlp": ((), "model.dropout_rate"),
+    "cnn": (("model=cnn",), "model.dropout_rate"),
+    "attention": (_ATTENTION, "model.layers.3.rate"),
 }
 _RATES = (0.0, 0.2, 0.5, 0.8)
 _LANES = ("hydra/launcher=vectorized",)
+_PARTS = ("compile", "hydra")
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,9 @@ Way = Callable[[Sweep, Path], list[list[str]]]
 def _launched(*words: str) -> Way:
     def commands(sweep: Sweep, where: Path) -> list[list[str]]:
         place = f"hydra.sweep.dir={where}"
-        runner = [sys.executable, "-m", "runner", "-m"]
-        return [[*runner, *sweep.words, *sweep.swept, place, *words]]
+        return [
+            [*_RUNNER, f"{where}.json", "-m", *sweep.words, *sweep.swept, place, *words]
+        ]
 
     return commands
 
@@ -90,7 +95,7 @@ def _processes(sweep: Sweep, where: Path) -> list[list[str]]:
     rate = _CASES[sweep.case][1]
     return [
         [
-            *(sys.executable, "-m", "runner", *sweep.words),
+            *(*_RUNNER, f"{where}-{n}.json", *sweep.words),
             *(f"seed={n // len(_RATES)}", f"{rate}={_RATES[n % len(_RATES)]}"),
             f"hydra.run.dir={where / str(n)}",
         ]
@@ -99,15 +104,13 @@ def _processes(sweep: Sweep, where: Path) -> list[list[str]]:
 
 
 def _by_hand(sweep: Sweep, where: Path) -> list[list[str]]:
-    features = _CASES[sweep.case][2]
-    if not features:
-        return []
     script = str(ROOT / "benchmarks" / "sweep_by_hand.py")
     cache = str(sweep.scratch / "cache")
-    words = (str(sweep.jobs), str(sweep.steps), features, cache)
+    words = (str(sweep.jobs), str(sweep.steps), sweep.case, cache)
     return [[sys.executable, script, *words]]
 
 
+_RUNNER = (sys.executable, str(ROOT / "benchmarks" / "sweep_parts.py"))
 _JOBLIB = importlib.util.find_spec("joblib") and importlib.util.find_spec(
     "hydra_plugins.hydra_joblib_launcher"
 )
@@ -115,11 +118,29 @@ _WAYS: dict[str, Way] = {
     "lanes": _launched(*_LANES),
     "map": _launched(*_LANES, "hydra.launcher.mode=map"),
     "vmap": _launched(*_LANES, "hydra.launcher.mode=vmap"),
+    "shares": _launched(*_LANES, "hydra/launcher/over=joblib"),
     "basic": _launched(),
+    "cold": _launched("train.compile_cache=null"),
     "processes": _processes,
     "joblib": _launched("hydra/launcher=joblib"),
     "hand": _by_hand,
 }
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a way took; seconds on the wall, MiB of its largest process."""
+
+    seconds: float
+    peak: int
+    parts: Mapping[str, float]
+
+    def cells(self, jobs: int, ours: "Measured | None") -> list[str]:
+        """As a row says it."""
+        ratio = f"{self.seconds / ours.seconds:.2f}" if ours else ""
+        parts = [f"{self.parts[n]:.1f}" if n in self.parts else "" for n in _PARTS]
+        each = f"{1e3 * self.seconds / jobs:.0f}"
+        return [f"{self.seconds:.1f}", each, ratio, *parts, f"{self.peak}"]
 
 
 def main() -> None:
@@ -129,17 +150,11 @@ def main() -> None:
     for case in options.cases:
         for jobs in options.jobs:
             found = _rounds(case, jobs, options)
-            ours = found.get("lanes", [(1.0, 0)])
-            for way, times in found.items():
-                seconds = median(s for s, _ in times)
-                ratio = median(
-                    s / o for (s, _), (o, _) in zip(times, ours, strict=True)
-                )
-                peak = max(m for _, m in times)
-                cells = [f"{seconds:.1f}", f"{1e3 * seconds / jobs:.0f}"]
-                rows.append([case, str(jobs), way, *cells, f"{ratio:.2f}", f"{peak}"])
-    head = ("case", "jobs", "way", "wall s", "ms a job", "over lanes", "peak MiB")
-    print_table(head, rows)
+            ours = found.get("lanes")
+            for way, measured in found.items():
+                rows.append([case, str(jobs), way, *measured.cells(jobs, ours)])
+    head = ("case", "jobs", "way", "wall s", "ms a job", "over lanes", *_PARTS)
+    print_table((*head, "peak MiB"), rows)
 
 
 def _parse() -> argparse.Namespace:
@@ -152,31 +167,37 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _rounds(
-    case: str, jobs: int, options: argparse.Namespace
-) -> dict[str, list[tuple[float, int]]]:
-    found: dict[str, list[tuple[float, int]]] = {}
+def _rounds(case: str, jobs: int, options: argparse.Namespace) -> dict[str, Measured]:
+    """The round of median time of each way."""
+    found: dict[str, list[Measured]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         sweep = Sweep(case, jobs, options.steps, Path(scratch))
-        _run([[*_processes(sweep, Path(scratch, "warm"))[0]]], sweep)
+        _run([[*_processes(sweep, Path(scratch, "warm"))[0]]], sweep, "warm")
         for n in range(options.rounds):
             for way in options.ways:
-                if way == "joblib" and not _JOBLIB:
+                if way in ("joblib", "shares") and not _JOBLIB:
                     continue
                 commands = _WAYS[way](sweep, Path(scratch, f"{way}{n}"))
-                if commands:
-                    made = _run(commands, sweep)
-                    found.setdefault(way, []).append(made)
-                    print(f"{case} {jobs} {way}: {made[0]:.1f} s", file=sys.stderr)
-    return found
+                measured = _run(commands, sweep, f"{way}{n}")
+                found.setdefault(way, []).append(measured)
+                print(f"{case} {jobs} {way}: {measured.seconds:.1f} s", file=sys.stderr)
+    return {
+        way: sorted(rounds, key=lambda each: each.seconds)[len(rounds) // 2]
+        for way, rounds in found.items()
+    }
 
 
-def _run(commands: list[list[str]], sweep: Sweep) -> tuple[float, int]:
-    """Wall seconds of all, as many at a time as there are cores; peak MiB of one."""
+def _run(commands: list[list[str]], sweep: Sweep, name: str) -> Measured:
+    """Runs all of them, as many at a time as there are cores."""
     begun = time.perf_counter()
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         peaks = list(pool.map(lambda words: _one(words, sweep), commands))
-    return time.perf_counter() - begun, max(peaks) >> 10
+    seconds = time.perf_counter() - begun
+    parts: dict[str, float] = {}
+    for path in sweep.scratch.glob(f"{name}*.json"):
+        for part, spent in json.loads(path.read_text()).items():
+            parts[part] = parts.get(part, 0.0) + spent
+    return Measured(seconds, max(peaks) >> 10, parts)
 
 
 def _one(words: list[str], sweep: Sweep) -> int:
