@@ -6,7 +6,7 @@ STAMP := .venv/.stamp
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check install
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test fmt lint type layers golden bench faults damage wheel lock clean
+.PHONY: help setup train test fmt lint type layers golden bench faults trouble damage wheel lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-8s%s\n", $$1, $$2}' Makefile
@@ -41,6 +41,9 @@ bench: $(STAMP) ## time the training loop
 
 faults: $(STAMP) ## kill 200 runs and resume them; ARGS="--kills 20 --seed 7 --verbose"
 	@$(BIN)/python tests/kills.py $(ARGS)
+
+trouble: $(STAMP) ## a sweep of 200 jobs that fail and kill; ARGS="--jobs 50 --raising 4 --nan 2"
+	@$(BIN)/python tests/trouble.py $(ARGS)
 
 damage: $(STAMP) ## damage 2,000 records, make up 10,000 and read them; ARGS="--seed 7"
 	@$(BIN)/python tests/damage.py $(ARGS)

@@ -15,7 +15,7 @@ import numpy as np
 import yaml
 
 from runner.course import BEGINNING, Start
-from runner.errors import RecordError, RunFailedError
+from runner.errors import RecordError, RunFailedError, in_one_line
 from runner.following import begin_together, compare_keys
 from runner.hazards.find import Hazard
 from runner.kept import keep
@@ -201,7 +201,7 @@ class _Recording:
             sinks.finish(self._abort(str(error)))
             raise
         except BaseException as error:
-            what = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            what = in_one_line(error)
             with contextlib.suppress(RunFailedError):  # the error at hand came first
                 self.checkpoints.close()
             sinks.finish(self._abort(what))

@@ -104,7 +104,7 @@ def test_an_invalid_job_is_named_first_and_stops_no_other(
     assert sorted((run["status"], run["seed"]) for run in runs) == [
         *(("completed", 0), ("completed", 1))
     ]
-    last = done.stderr.splitlines()[-1]
+    (last,) = done.stderr.splitlines()
     assert last.startswith("error: sweep: 2 jobs failed: 0 (model.dropout_rate: must")
 
 

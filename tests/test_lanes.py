@@ -185,8 +185,11 @@ def test_lanes_may_evaluate_and_save_at_steps_of_their_own(
 
 
 def test_lanes_share_their_rows_on_the_device(make_spec: Any) -> None:
-    lanes = lanes_of({n: make_spec(*TINY, f"seed={n}") for n in range(2)})
-    assert lanes[0].place_data() is lanes[1].place_data()
+    """Also those whose specs differ in what is not compiled."""
+    differ = ("seed=0", "seed=1", "eval.every=5")
+    lanes = lanes_of({n: make_spec(*TINY, each) for n, each in enumerate(differ)})
+    assert len({id(lane.place_data()) for lane in lanes.values()}) == 1
+    assert len({id(lane.data) for lane in lanes.values()}) == 1
 
 
 def test_rows_are_the_lanes_own_where_a_seed_splits_them(make_spec: Any) -> None:

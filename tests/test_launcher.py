@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -188,9 +189,33 @@ def test_all_that_fail_are_named_and_harm_no_other(runner: Any, tmp_path: Path) 
     rate = "model.dropout_rate: must be a number from 0 to 1 (got 3)"
     assert all(rate in reasons[n] for n in (1, 3, 5, 7))
     assert "loss or update not finite at step" in reasons[6]
-    assert "Launching 8 jobs" in ran.stdout
+    before, launching, _ = ran.stdout.partition("Launching 8 jobs")
+    assert launching
+    assert re.findall(r"Job (\d) will fail: ", before) == list("1357")
+    errors = ran.stderr.splitlines()[:-1]  # of what is seen when they are traced
+    assert [line.partition(" (")[0] for line in errors] == [
+        *("ERROR: job 0", "ERROR: job 2")
+    ]
     found = {n: each["status"] for n, each in manifests(tmp_path / "s").items()}
     assert found == {4: "completed", 6: "failed"}
+
+
+def test_other_generators_are_not_for_vmap(runner: Any, tmp_path: Path) -> None:
+    """R011 stops them; where it is allowed, they are mapped, and draw as alone."""
+    ran = runner(
+        *("-m", *SHORT, "train.steps=6", "rng.impl=threefry2x32,rbg", "seed=0,1"),
+        *("rng.allow=[],[R011]", LANES, "hydra.launcher.mode=vmap"),
+        "hydra.sweep.dir=s",
+    )
+    assert ran.returncode == 1
+    modes = {n: m["sweep"]["mode"] for n, m in manifests(tmp_path / "s").items()}
+    assert modes == {**dict.fromkeys(range(4), "vmap"), 5: "map", 7: "map"}
+    said = "R011: rng.impl: rbg draws other bits for lanes under vmap. Set hydra.lau"
+    errors = [line for line in ran.stderr.splitlines() if line.startswith("ERROR: ")]
+    assert [said in line for line in errors] == [True, True]
+    assert "WARNING: hydra.launcher.mode: map, not vmap, since rng.impl rbg" in (
+        ran.stderr
+    )
 
 
 # --- sweeps that are launched again
@@ -284,7 +309,8 @@ def test_ctrl_c_saves_every_lane(
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (("seed=0", LANES), "hydra/launcher: vectorized launches sweeps"),
+        (("seed=0", LANES), "hydra/launcher: is for sweeps, and this is a single run"),
+        (("seed=0", "hydra/sweeper=optuna"), "hydra/sweeper: is for sweeps, and"),
         (
             ("-m", "seed=0,1", LANES, "hydra.launcher.mode=fast"),
             "hydra.launcher.mode: not a choice (got 'fast')",
@@ -292,6 +318,14 @@ def test_ctrl_c_saves_every_lane(
         (
             ("-m", "seed=0,1", LANES, "hydra.launcher.max_lanes=0"),
             "hydra.launcher.max_lanes: must be at least 1 (got 0)",
+        ),
+        (
+            ("-m", "seed=0,1", LANES, "hydra.launcher.mode=null"),
+            "hydra.launcher.mode: must be something else than null",
+        ),
+        (
+            ("-m", "seed=0,1", LANES, "hydra.launcher.lanes=3"),
+            "hydra.launcher.lanes: unknown key. Known: _target_, mode, max_lanes.",
         ),
     ],
 )
@@ -301,7 +335,7 @@ def test_bad_input_is_one_line(
     ran = runner(*SHORT, *words)
     assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
     assert says in ran.stderr
-    assert not list(tmp_path.rglob("run.json"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- composing

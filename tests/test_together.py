@@ -18,7 +18,8 @@ from runner.lanes.groups import group_runs
 from runner.lanes.lane import Executable, Lane, make_lane
 from runner.lanes.mode import Mode
 from runner.lanes.pool import run_beside
-from runner.lanes.together import Stacked, Together
+from runner.lanes.stacked import Stacked
+from runner.lanes.together import Together
 from runner.loop import Outcome, train
 from runner.recording import record_run
 from runner.records.events import TrainRecord
@@ -228,6 +229,18 @@ def test_what_is_not_for_vmap_is_mapped(make_spec: Any, words: str, why: str) ->
 def test_a_short_sweep_is_not_measured(make_spec: Any) -> None:
     lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(2)])
     assert choose(lanes, mode=Mode.AUTO, workers=2, most=None).mode is Mode.MAP
+
+
+def test_a_lane_that_raises_while_it_is_measured_ends_no_other(
+    make_spec: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises(*_: Any) -> None:
+        raise ValueError("no luck")
+
+    monkeypatch.setattr("runner.lanes.choose._measure", raises)
+    lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(8)])
+    chosen = choose(lanes, mode=Mode.AUTO, workers=2, most=None)
+    assert (chosen.mode, chosen.why) == (Mode.MAP, "ValueError: no luck")
 
 
 def test_other_rows_are_not_for_vmap(make_spec: Any) -> None:

@@ -15,11 +15,9 @@ from hydra.core.utils import (
 )
 from omegaconf import open_dict
 
-from runner.cli.gate import Gate, Refused
+from runner.cli.gate import Gate
 from runner.cli.lanes import launch_lanes
 from runner.cli.train import run_as_job
-from runner.errors import ConfigError
-from runner.lanes.mode import Options
 
 if TYPE_CHECKING:
     from hydra_plugins.runner.vectorized import VectorizedLauncher
@@ -33,10 +31,6 @@ def launch(
     launcher: "VectorizedLauncher", job_overrides: Sequence[Sequence[str]], first: int
 ) -> list[JobReturn]:
     """Runs the runner's own jobs as lanes, and those of any other one by one."""
-    try:
-        options = Options.parse(launcher.mode, launcher.max_lanes)
-    except ConfigError as error:
-        raise Refused(error) from error
     setup_globals()
     hydra = launcher.config.hydra
     configure_log(hydra.hydra_logging, hydra.verbose)
@@ -54,7 +48,7 @@ def launch(
         launcher.config,
         job_overrides,
         first=first,
-        options=options,
+        options=launcher.options,
     )
     configure_log(hydra.hydra_logging, hydra.verbose)
     return returned

@@ -12,14 +12,13 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from runner.errors import ConfigError, did_you_mean
+from runner.errors import ConfigError, RunnerError, did_you_mean
 
 from ._refusing import is_ours
 
 __all__ = ["check_jobs", "list_jobs", "save_config"]
 
 _log = logging.getLogger(__name__)
-_NAMED = 5  # invalid jobs that are named
 _ZIP, _REPEATS = "hydra.sweeper.zip", "hydra.sweeper.repeats"
 
 Job = list[str]
@@ -151,9 +150,9 @@ def check_jobs(sweeper: Any, jobs: Sequence[Job]) -> None:
     These fail when their turn comes, and the others run.
 
     Raises:
-        ConfigError: none is valid.
+        RunnerError: none is valid.
     """
-    invalid: dict[int, ConfigError] = {}
+    invalid: dict[int, RunnerError] = {}
     for number, job in enumerate(jobs):
         config = sweeper.hydra_context.config_loader.load_sweep_config(
             master_config=sweeper.config, sweep_overrides=list(job)
@@ -163,13 +162,16 @@ def check_jobs(sweeper: Any, jobs: Sequence[Job]) -> None:
             invalid[number] = error
     if len(invalid) == len(jobs):
         raise next(iter(invalid.values()))
-    for number, error in list(invalid.items())[:_NAMED]:
+    if not invalid:
+        return
+    from runner.cli.sweep import Sweeps
+
+    for number, error in invalid.items():
         _log.warning(f"Job {number} will fail: {error}")
-    if len(invalid) > _NAMED:
-        _log.warning(f"{len(invalid) - _NAMED} more jobs will fail")
+        Sweeps.named.add(number)
 
 
-def _error_of(config: DictConfig) -> ConfigError | None:
+def _error_of(config: DictConfig) -> RunnerError | None:
     """What is wrong with a job's config, as far as it is known before it starts."""
     from runner.cli.config import read_composed
 
@@ -179,7 +181,7 @@ def _error_of(config: DictConfig) -> ConfigError | None:
     OmegaConf.copy_cache(from_config=config, to_config=job)
     try:
         read_composed(job, choices=config.hydra.runtime.choices)
-    except ConfigError as error:
+    except RunnerError as error:
         of_a_job = isinstance(error.__cause__, OmegaConfBaseException)
         return None if of_a_job else error  # ${hydra:...} is known in the job alone
     except Exception:  # it will say so itself

@@ -280,9 +280,10 @@ class _Search:
         trials = self.study.get_trials(deepcopy=False)
         done = [trial for trial in trials if trial.state.name == "COMPLETE"]
         if not done:
-            raise RunFailedError(
-                f"hydra.sweeper: no trial of {self.directory} completed."
-            )
+            reason = self.study.user_attrs.get("failure")
+            why = f" ({reason.rstrip('.')})" if reason else ""
+            what = f"no trial of {self.directory} completed{why}"
+            raise RunFailedError(f"hydra.sweeper: {what}.")
         best = self.study.best_trial
         results = {
             "name": "optuna",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.utils import JobReturn
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
@@ -72,7 +72,7 @@ class GridSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> list[Sequence[JobReturn]]:
         """Checks every job before the first one starts, then launches them."""
         from ._grid_core import check_jobs, list_jobs, save_config
-        from ._refusing import refusing
+        from ._refusing import is_ours, refusing
 
         with refusing(self.task_function):
             jobs = list_jobs(self, arguments)
@@ -85,5 +85,7 @@ class GridSweeper(Sweeper):
             for first in range(0, len(jobs), size)
         ]
         for job in (job for batch in returned for job in batch):
+            if job.status is JobStatus.FAILED and is_ours(self.task_function):
+                raise job._return_value  # `return_value` prints the overrides first
             _ = job.return_value  # raises what the job raised
         return returned

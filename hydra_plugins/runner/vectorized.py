@@ -49,9 +49,17 @@ class VectorizedLauncher(Launcher):
         task_function: TaskFunction,
         config: DictConfig,
     ) -> None:
-        """Keeps what a job is made from; the sweeper composes each job, too."""
-        from runner.cli.composing import compose_once
+        """Checks the options, and keeps what a job is made from.
 
+        The sweeper composes each job, too.
+        """
+        from runner.cli.composing import compose_once
+        from runner.lanes.mode import Options
+
+        from ._refusing import refusing
+
+        with refusing(task_function):
+            self.options = Options.parse(self.mode, self.max_lanes)
         compose_once(hydra_context.config_loader)
         self.context, self.function, self.config = hydra_context, task_function, config
 

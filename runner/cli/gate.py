@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Gate", "Refused"]
 
+_USUAL = ("basic", "grid")  # that one of them was named changes nothing
+
 
 class Refused(BaseException):
     """Carries what was raised past Hydra, which turns an Exception into a warning."""
@@ -50,7 +52,7 @@ class Gate(Callback):
         from runner.records.files import claim_directory
 
         Gate.is_reached = True
-        _refuse_launcher(config)
+        _refuse_sweeping(config)
         # Hydra's own logging still stands here, and prints which backends JAX lacks.
         logging.getLogger("jax._src.xla_bridge").setLevel(logging.WARNING)
         try:
@@ -101,22 +103,18 @@ class Gate(Callback):
                 )
 
 
-def _refuse_launcher(config: DictConfig) -> None:
-    """Hydra has no use for a launcher without `-m`, and says nothing.
+def _refuse_sweeping(config: DictConfig) -> None:
+    """Hydra has no use for a launcher or a sweeper without `-m`, and says nothing.
 
     Raises:
-        Refused: it was asked for on the command line.
+        Refused: one was asked for on the command line.
     """
-    named = [o for o in config.hydra.overrides.hydra if o.startswith("hydra/launcher=")]
-    if "hydra/launcher=vectorized" in named:
-        raise Refused(
-            ConfigError(
-                "hydra/launcher",
-                "vectorized launches sweeps, and this is a single run",
-                got="vectorized",
-                fix="Say -m, or leave it out",
-            )
-        )
+    for override in config.hydra.overrides.hydra:
+        group, _, choice = str(override).partition("=")
+        if group in ("hydra/launcher", "hydra/sweeper") and choice not in _USUAL:
+            rule = "is for sweeps, and this is a single run"
+            fix = "Say -m, or leave it out"
+            raise Refused(ConfigError(group, rule, got=choice, fix=fix))
 
 
 def _job_config(config: DictConfig) -> DictConfig:

@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from runner.cli import print_last
 from runner.cli.config import read_composed
-from runner.cli.hydra_files import write_hydra_files
 from runner.cli.job_logs import JobLogs
 from runner.cli.jobs import Job, compose_job, standing_in
 from runner.cli.opening import open_job
-from runner.cli.pruning import prune_by
 from runner.cli.running import INTERRUPTED, refuse_processes, stop_on_signals
+from runner.cli.sweep import Sweeps
+from runner.cli.training import train_job
 from runner.determinism import settle_backend
 from runner.errors import RunFailedError, in_one_line
 from runner.lanes.mode import Mode, Options
-from runner.spec import TerminalSpec
 
 if TYPE_CHECKING:
     from runner.lanes.choose import Chosen
@@ -157,14 +155,18 @@ class _Sweep:
             with env_override(dict(environment)):
                 self._run_lanes(sharing, stop)
         for job in alone:
-            self._attempt(job, lambda job: self._end(job, self._train(job, stop)))
+            self._attempt(job, lambda job: self._end(job, self._task(job, stop)()))
+
+    def _task(self, job: Job, stop: Callable[[], str]) -> "partial[Recorded | None]":
+        count = len(self.jobs)
+        return partial(train_job, job, lanes=count, logs=self.logs, stop=stop)
 
     def _run_lanes(self, sharing: list[list[Job]], stop: Callable[[], str]) -> None:
         """Runs jobs of one environment, each list of which shares its programs."""
-        from runner.lanes.choose import choose, why_not_together
+        from runner.lanes.choose import choose
         from runner.lanes.pool import count_workers, run_beside
 
-        most = self.options.max_lanes
+        options, most = self.options, self.options.max_lanes
         workers = count_workers(
             sum(map(len, sharing)), most=most, each=max(map(_bytes_of, sharing))
         )
@@ -172,14 +174,14 @@ class _Sweep:
         stacked: list[tuple[_Batches, int]] = []
         for jobs in sharing:
             lanes: list[Any] = [job.program for job in jobs]
-            chosen = choose(lanes, mode=self.options.mode, workers=workers, most=most)
+            chosen = choose(lanes, mode=options.mode, workers=workers, most=most)
             for job in jobs:
                 job.mode = str(chosen.mode) if len(jobs) > 1 else "job"
-            if self.options.mode is Mode.VMAP and job.mode == Mode.MAP:
-                why = why_not_together(lanes)
-                _log.warning("hydra.launcher.mode: map, not vmap, since %s", why)
+            if chosen.mode is Mode.MAP and chosen.why and options.mode is Mode.VMAP:
+                what = "hydra.launcher.mode: map, not vmap, since %s"
+                _log.warning(what, chosen.why)
             if chosen.mode is Mode.MAP:
-                single += [[(job, partial(self._train, job, stop))] for job in jobs]
+                single += [[(job, self._task(job, stop))] for job in jobs]
             else:
                 batches = list(self._stack(jobs, chosen, stop))
                 stacked.append((batches, chosen.workers))
@@ -203,62 +205,9 @@ class _Sweep:
             for lane, job in enumerate(some):
                 program: Any = job.program
                 job.program = replace(program, place=together.place(lane))
-                task = partial(self._train, job, stop, partial(together.leave, lane))
-                batch.append((job, task))
+                leave = partial(together.leave, lane)
+                batch.append((job, partial(self._task(job, stop), leave=leave)))
             yield batch
-
-    def _train(
-        self,
-        job: Job,
-        stop: Callable[[], str],
-        leave: Callable[[], None] = lambda: None,
-    ) -> "Recorded | None":
-        """Runs a job, in any thread; None where the sweep was stopped before.
-
-        Args:
-            job: The job.
-            stop: Says why to stop.
-            leave: Called at its end, for lanes that wait for each other.
-        """
-        from runner.recording import record_run
-        from runner.sinks.base import make_sinks
-
-        try:
-            if stop():
-                return None
-            own: Any = job.returned.hydra_cfg
-            pruning = prune_by(own.hydra, metric=job.spec.objective)
-            with self.logs.of(job.logging):
-                write_hydra_files(job.directory, job.composed, job=own.hydra)
-                recorded = record_run(
-                    job.made,
-                    directory=job.directory,
-                    secrets=job.composed.secrets,
-                    hazards=job.hazards,
-                    sweep=self._place(job),
-                    resumption=job.resumption,
-                    stop=lambda: stop() or pruning.reason,
-                    sinks=make_sinks(self._sinks(job)),
-                    listen=pruning.listen,
-                )
-            job.is_pruned = pruning.stopped(recorded.reason)
-            return recorded
-        finally:
-            leave()
-
-    def _place(self, job: Job) -> dict[str, Any]:
-        sweep, lanes = str(job.config.hydra.sweep.dir), len(self.jobs)
-        return {"id": sweep, "lane": job.number, "lanes": lanes, "mode": job.mode}
-
-    def _sinks(self, job: Job) -> Any:
-        """Those of the run, without a display: there are other lanes beside it."""
-        sinks, sweep = job.spec.sinks, Path(str(job.config.hydra.sweep.dir))
-        group = sinks.wandb.group or "-".join(sweep.parts[-3:])
-        return replace(
-            sinks,
-            terminal=TerminalSpec("disabled"),
-            wandb=replace(sinks.wandb, group=group),
-        )
 
     def _end(self, job: Job, result: Any) -> None:
         """Says how a job ended, to the user and to Hydra."""
@@ -285,7 +234,8 @@ class _Sweep:
 
         name = clean(" ".join(filter_overrides(job.returned.overrides or [])))
         if isinstance(result, Exception):
-            _log.error("job %s (%s): %s", job.number, name, in_one_line(result))
+            if job.number not in Sweeps.named:
+                _log.error("job %s (%s): %s", job.number, name, in_one_line(result))
             return
         said = "not begun" if result is None else result.status
         if result is not None and result.objective is not None:

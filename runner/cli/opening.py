@@ -13,9 +13,10 @@ from runner.lanes.mode import Mode, Options
 from runner.parse import to_plain
 from runner.records.digests import digest_config
 from runner.records.files import claim_directory, lock_directory, refuse_links
-from runner.spec import Determinism, RunSpec
+from runner.spec import Determinism, Impl, RunSpec
 
 if TYPE_CHECKING:
+    from runner.hazards.hazard import Hazard
     from runner.recording import Recorded
     from runner.records.record import Record
 
@@ -36,7 +37,8 @@ def open_job(job: Job, options: Options) -> "Recorded | None":
     from runner.hazards.find import find_hazards, refuse_hazards
 
     job.hazards = find_hazards(job.made)
-    refuse_hazards(job.hazards, allow=job.spec.rng.allow)
+    together = _find_together(job) if options.mode is Mode.VMAP else ()
+    refuse_hazards((*job.hazards, *together), allow=job.spec.rng.allow)
     refuse_below_strict(job.made)
     if options.mode is Mode.VMAP:
         _refuse_strict(job.spec)
@@ -44,6 +46,21 @@ def open_job(job: Job, options: Options) -> "Recorded | None":
         return _take_up(job)
     claim_directory(job.directory, exact=True, field="hydra.sweep.dir")
     return None
+
+
+def _find_together(job: Job) -> "tuple[Hazard, ...]":
+    """R011 of a lane that is to be computed by vmap; where it is allowed, it is mapped.
+
+    All lanes would draw from the key of one of them, whatever their ledgers say.
+    """
+    from runner.hazards.hazard import error
+    from runner.lanes.lane import Lane
+
+    impl = job.spec.rng.impl
+    if impl is Impl.THREEFRY2X32 or not isinstance(job.program, Lane):
+        return ()
+    what = f"{impl} draws other bits for lanes under vmap"
+    return (error("R011", "rng.impl", what, "Set hydra.launcher.mode=map"),)
 
 
 def _take_up(job: Job) -> "Recorded | None":

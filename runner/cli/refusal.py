@@ -15,12 +15,17 @@ _THERE = re.compile(r"Could not append to config\. An item is already at '([^']+
 _CHOICE = re.compile(r"Could not find '([^']+)'")
 _OPTIONS = re.compile(r"Available options in '([^']+)':((?:\s*\n\t[^\n]+)*)")
 _MERGE = re.compile(r"Error merging override \+*([\w.]+)=(.*)")
-_KIND = re.compile(r"could not be converted to (\w+)|is not a (ListConfig)")
+_KIND = re.compile(
+    r"could not be converted to (\w+)|is not a (ListConfig)"
+    r"|to (string): |is not (Optional)"
+)
 _KINDS = {
     "Integer": "an integer",
     "Float": "a number",
     "Boolean": "true or false",
     "ListConfig": "a list",
+    "string": "a word",
+    "Optional": "something else than null",
 }
 _TWICE = re.compile(r"(\S+) appears more than once in the final defaults list")
 _NO_EQUALS = re.compile(r"Error parsing override '([^']*)'\s+missing EQUAL")
@@ -44,7 +49,7 @@ def refusal_of(error: Exception, args: list[str]) -> RunnerError:
     if found := _MERGE.search(text):
         path, value = found.groups()
         if kind := _KIND.search(str(error.__cause__)):
-            what = _KINDS.get(kind.group(1) or kind.group(2), "of another kind")
+            what = _KINDS.get(kind[kind.lastindex or 0], "of another kind")
             return ConfigError(path, f"must be {what}", got=value)
         rule = "a list can't be overridden by a mapping, nor the reverse"
         fix = f"Replace it: '~{path}' '+{path}={value}'"
@@ -133,7 +138,7 @@ def _keys_at(path: str, args: list[str]) -> list[str]:
     from runner.cli.config import compose
 
     try:
-        config = compose([a for a in args if a.startswith("+experiment=")])
+        config = compose([a for a in args if a.startswith(("+experiment=", "hydra/"))])
         node: Any = OmegaConf.select(config, path) if path else config
         return [str(key) for key in node if key != "hydra"]
     except Exception:  # a suggestion is not worth a second error

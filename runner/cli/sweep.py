@@ -11,7 +11,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
@@ -44,6 +44,7 @@ class Sweeps(Callback):
     """Keeps where a sweep is, and why a job of it failed that left no record."""
 
     directory: Path | None = None
+    named: ClassVar[set[int]] = set()  # invalid jobs that the sweeper has named
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Called before the first job, in the process that launches them."""
@@ -73,6 +74,7 @@ def concluding_sweep() -> Iterator[None]:
         RunFailedError: a job of it failed; it names all that did.
     """
     Sweeps.directory = None
+    Sweeps.named.clear()
     try:
         yield
     except Exception as error:

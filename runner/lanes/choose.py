@@ -15,10 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from runner.errors import in_one_line
 from runner.lanes.lane import Executable, Lane
 from runner.lanes.mode import Mode
 from runner.lanes.pool import free_bytes
-from runner.lanes.together import Stacked
+from runner.lanes.stacked import Stacked
 from runner.program import Construct
 from runner.spec import Determinism, Impl
 
@@ -43,7 +44,8 @@ class Chosen:
         mode: `map` or `vmap`.
         stacked: The programs of `vmap`.
         workers: How many threads call them.
-        why: What its floats differ by from those of the runs alone.
+        why: Of `vmap`, what its floats differ by from those of the runs alone; of
+            `map`, why it can't be the other one.
     """
 
     mode: Mode
@@ -77,10 +79,23 @@ def choose(
         workers: How many threads call a program that is not stacked.
         most: How many lanes may be in memory at a time, by the user.
     """
-    together = mode is not Mode.MAP and len(lanes) > 1 and not why_not_together(lanes)
     strict = any(lane.spec.determinism is Determinism.STRICT for lane in lanes)
-    if not together or (mode is Mode.AUTO and (strict or len(lanes) < _LEAST)):
+    if mode is Mode.MAP or len(lanes) == 1:
         return Chosen(Mode.MAP)
+    if mode is Mode.AUTO and (strict or len(lanes) < _LEAST):
+        return Chosen(Mode.MAP)
+    if why := why_not_together(lanes):
+        return Chosen(Mode.MAP, why=why)
+    try:
+        return _weigh(lanes, mode=mode, workers=workers, most=most)
+    except Exception as error:  # of a lane's own code: by itself, it will say so
+        return Chosen(Mode.MAP, why=in_one_line(error))
+
+
+def _weigh(
+    lanes: Sequence[Lane], *, mode: Mode, workers: int, most: int | None
+) -> Chosen:
+    """Compiles for all, and times both if it is left to us."""
     executable = lanes[0].executable
     begun = time.perf_counter()
     _ = executable.calls

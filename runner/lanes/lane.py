@@ -117,8 +117,16 @@ def make_lane(program: Program, spec: RunSpec, executable: Executable) -> Lane:
         executable: The programs that it is run by.
     """
     plan = plan_keys(spec.rng, axes=spec.mesh.axes)
-    data = program.data
-    if _split_seed(spec, plan) != _split_seed(program.spec, program.plan):
+    wanted = _rows_of(spec, plan)
+    data = next(
+        (
+            known.data
+            for known in (executable.program, program)
+            if _rows_of(known.spec, known.plan) == wanted
+        ),
+        None,
+    )
+    if data is None:
         data = load_rows(spec, plan)
     found: dict[str, Any] = find_hypers(spec)
     return Lane(
@@ -137,7 +145,7 @@ def make_lane(program: Program, spec: RunSpec, executable: Executable) -> Lane:
     )
 
 
-def _split_seed(spec: RunSpec, plan: KeyPlan) -> int | None:
-    """What chooses the test rows; None where the source has a split of its own."""
+def _rows_of(spec: RunSpec, plan: KeyPlan) -> Any:
+    """What rows depend on: their source, and the stream that chooses the test rows."""
     name = getattr(spec.data, "split", None)
-    return plan.stream(name).seed if name else None
+    return spec.data, plan.stream(name) if name else None

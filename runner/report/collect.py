@@ -11,13 +11,12 @@ from runner.records.record import Record, read_record
 from runner.report.curves import Curves, read_curves
 from runner.report.table import Table
 from runner.report.tables import run_tables
-from runner.sweep.jobs import MULTIRUN, find_jobs, natural_order
+from runner.sweep.jobs import MULTIRUN, find_below, find_jobs
 from runner.sweep.objective import Objective, objective_of
 from runner.sweep.sweep import Sweep, read_sweep
 
 __all__ = ["Damaged", "Run", "Runs", "SweepRuns", "collect_runs"]
 
-_DEPTH = 3  # a sweep's directories: date, time, number
 _MOST = 1000
 _MISSHAPEN = (
     *(LookupError, TypeError, AttributeError, ValueError),
@@ -139,20 +138,18 @@ def _sweeps(paths: Sequence[str]) -> Iterator[Sweep]:
     for path in paths:
         where = _place(path)
         if where is not None:
-            for sweep in sorted(_sweeps_below(where, _DEPTH), key=natural_order):
+            for sweep in _sweeps_at(where):
                 found.setdefault(os.path.realpath(sweep), sweep)
     for sweep in found.values():
         if find_jobs(sweep):
             yield read_sweep(str(sweep))
 
 
-def _sweeps_below(where: Path, depth: int) -> Iterator[Path]:
+def _sweeps_at(where: Path) -> list[Path]:
+    """The directory itself, or the sweeps below it."""
     if (where / MULTIRUN).exists():
-        yield where
-    elif depth and not (where / "run.json").exists():
-        for child in where.iterdir():
-            if child.is_dir() and not child.is_symlink():
-                yield from _sweeps_below(child, depth - 1)
+        return [where]
+    return find_below(where, (MULTIRUN,), past="run.json")
 
 
 def _join(sweep: Sweep, runs: Sequence[Run]) -> SweepRuns:
@@ -178,29 +175,15 @@ def _runs_at(path: str) -> Iterator[str]:
     if where is None:
         yield path
         return
-    below = sorted(_below(where, _DEPTH), key=natural_order)
-    if not below and not any(map(find_jobs, _sweeps_below(where, _DEPTH))):
+    below = find_below(where, ("run.json",))
+    if not below and not any(map(find_jobs, _sweeps_at(where))):
         raise RecordError(
-            f"{path}: no run in it, down to {_DEPTH} directories below. "
+            f"{path}: no run in it, down to 3 directories below. "
             "Give a run directory, an archive of one, or a sweep's directory."
         )
     if len(below) > _MOST:
         raise RecordError(f"{path}: {len(below):,} runs in it. At most {_MOST:,}.")
     yield from map(str, below)
-
-
-def _below(where: Path, depth: int) -> Iterator[Path]:
-    if depth == 0:
-        return
-    try:
-        children = [child for child in where.iterdir() if child.is_dir()]
-    except OSError as error:
-        raise RecordError(f"{where}: can't be read ({error.strerror}).") from error
-    for child in children:
-        if (child / "run.json").exists():
-            yield child
-        elif not child.is_symlink():
-            yield from _below(child, depth - 1)
 
 
 def _labels(paths: Sequence[str]) -> list[str]:

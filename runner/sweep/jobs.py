@@ -3,7 +3,7 @@
 
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -23,6 +23,7 @@ __all__ = [
     "Job",
     "Status",
     "command_of",
+    "find_below",
     "find_jobs",
     "natural_order",
     "read_job",
@@ -32,7 +33,7 @@ FAILURE = "failure.json"  # in the directory of a job that failed before its rec
 MULTIRUN = "multirun.yaml"  # Hydra's, in the directory of a sweep
 _OVERRIDES = Path(".hydra", "overrides.yaml")
 _LOG = "runner.log"  # Hydra opens it before the job begins
-_DEPTH = 3
+_DEPTH = 3  # of a sweep's jobs: date, time, number
 _MOST = 2**22  # bytes of a file that is none of a record
 _OURS = ("hydra", "main", "schema")  # where a config comes from without `-cd`
 _OWN = re.compile(r"[+~]*hydra[./@=]")
@@ -74,10 +75,26 @@ class Job:
 
 def find_jobs(sweep: Path) -> list[Path]:
     """Directories of the jobs below a sweep's, also of those that left no record."""
-    return sorted(_below(sweep, _DEPTH), key=natural_order)
+    return find_below(sweep, ("run.json", FAILURE, _LOG), past=MULTIRUN)
 
 
-def _below(where: Path, depth: int) -> Iterator[Path]:
+def find_below(where: Path, names: Sequence[str], *, past: str = "") -> list[Path]:
+    """Directories that hold one of some files, down to three below; 9 before 10.
+
+    What lies below one of them is not looked at, nor below a link.
+
+    Args:
+        where: The directory to look into.
+        names: Of the files.
+        past: A directory that holds this file is not looked into.
+
+    Raises:
+        RecordError: a directory can't be read.
+    """
+    return sorted(_walk(where, names, past, _DEPTH), key=natural_order)
+
+
+def _walk(where: Path, names: Sequence[str], past: str, depth: int) -> Iterator[Path]:
     if depth == 0:
         return
     try:
@@ -85,10 +102,10 @@ def _below(where: Path, depth: int) -> Iterator[Path]:
     except OSError as error:
         raise RecordError(f"{where}: can't be read ({error.strerror}).") from error
     for child in children:
-        if any((child / name).exists() for name in ("run.json", FAILURE, _LOG)):
+        if any((child / name).exists() for name in names):
             yield child
-        elif not child.is_symlink() and not (child / MULTIRUN).exists():
-            yield from _below(child, depth - 1)
+        elif not child.is_symlink() and not (past and (child / past).exists()):
+            yield from _walk(child, names, past, depth - 1)
 
 
 def natural_order(path: Path) -> list[tuple[int, str]]:
