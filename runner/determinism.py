@@ -25,7 +25,7 @@ from runner.machine import (
 )
 from runner.spec import Determinism, RunSpec, Strategy
 
-__all__ = ["DETERMINISTIC_OPS", "restore_platform", "settle_backend"]
+__all__ = ["DETERMINISTIC_OPS", "has_backend", "restore_platform", "settle_backend"]
 
 DETERMINISTIC_OPS = "xla_gpu_deterministic_ops"
 
@@ -69,7 +69,7 @@ def restore_platform(platform: object) -> dict[str, str]:
     isa = _narrower(platform.get("vector"))
     if isa is not None:
         made[f"--{MAX_ISA}"] = isa
-    if made and _has_backend():
+    if made and has_backend():
         if isa is None and _running_pool() == pool:
             return {}
         raise RuntimeError("JAX has a backend: its pool and flags are settled")
@@ -106,7 +106,7 @@ def settle_backend(spec: RunSpec) -> None:
             )
     if is_on(flags, DETERMINISTIC_OPS):
         return
-    if _has_backend():
+    if has_backend():
         if _backend() == "cpu":  # the flag would change nothing
             return
         raise ConfigError(
@@ -120,7 +120,7 @@ def settle_backend(spec: RunSpec) -> None:
 
 def _force_devices(number: int) -> None:
     """Takes the CPU for a number of devices."""
-    if _has_backend():
+    if has_backend():
         if _backend() == "cpu" and sys.modules["jax"].device_count() == number:
             return
         raise ConfigError(
@@ -142,7 +142,7 @@ def _fix_pool(shards: int) -> None:
 
     Forced devices raise it to their number; a user's own NPROC stands.
     """
-    if "NPROC" not in os.environ and not _has_backend():
+    if "NPROC" not in os.environ and not has_backend():
         pool = size_thread_pool(devices=forced_devices())
         os.environ["NPROC"] = str(min(MOST_THREADS, max(pool, shards)))
 
@@ -169,7 +169,7 @@ def _add_flag(name: str, value: str) -> None:
     os.environ["XLA_FLAGS"] = " ".join(filter(None, words))
 
 
-def _has_backend() -> bool:
+def has_backend() -> bool:
     """Whether JAX was called already; looks where JAX is, and never imports it."""
     bridge = sys.modules.get("jax._src.xla_bridge")
     return bridge is not None and bool(bridge.backends_are_initialized())

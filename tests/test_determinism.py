@@ -43,7 +43,7 @@ def bare(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     for name in ("XLA_FLAGS", "NPROC", "JAX_NUM_CPU_DEVICES"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(machine, "_widest_here", lambda: machine.Vector.AVX2)
-    monkeypatch.setattr(determinism, "_has_backend", lambda: False)
+    monkeypatch.setattr(determinism, "has_backend", lambda: False)
 
     def set_env(**env: str) -> None:
         for name, value in env.items():
@@ -263,7 +263,7 @@ def test_strict_refuses_what_breaks_it(
 def test_strict_comes_before_a_gpu_is_started(
     bare: Any, strict: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(determinism, "_has_backend", lambda: True)
+    monkeypatch.setattr(determinism, "has_backend", lambda: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     with pytest.raises(ConfigError, match="JAX has started without it"):
         settle_backend(strict)

@@ -227,7 +227,7 @@ def test_pool_does_not_grow_with_the_devices(
 ) -> None:
     """It is that of the microbatches before JAX starts; a user's own stands."""
     spec = make_spec("+experiment=dropout", *EXACT[:1], "train.accumulation_steps=128")
-    monkeypatch.setattr(determinism, "_has_backend", lambda: False)
+    monkeypatch.setattr(determinism, "has_backend", lambda: False)
     monkeypatch.setenv("NPROC", "3")
     determinism.settle_backend(spec)
     assert os.environ["NPROC"] == "3"

@@ -325,7 +325,7 @@ def test_ctrl_c_saves_every_lane(
         ),
         (
             ("-m", "seed=0,1", LANES, "hydra.launcher.lanes=3"),
-            "hydra.launcher.lanes: unknown key. Known: _target_, mode, max_lanes.",
+            "hydra.launcher.lanes: unknown key. Known: _target_, mode, max_lanes,",
         ),
     ],
 )

@@ -16,7 +16,7 @@ from runner.kept import PARTS
 from runner.lanes.choose import choose, why_not_together
 from runner.lanes.groups import group_runs
 from runner.lanes.lane import Executable, Lane, make_lane
-from runner.lanes.mode import Mode
+from runner.lanes.mode import Mode, Options
 from runner.lanes.pool import run_beside
 from runner.lanes.stacked import Stacked
 from runner.lanes.together import Together
@@ -223,12 +223,12 @@ def test_what_is_not_for_vmap_is_mapped(make_spec: Any, words: str, why: str) ->
         ]
     )
     assert why_not_together(lanes) == why
-    assert choose(lanes, mode=Mode.VMAP, workers=2, most=None).mode is Mode.MAP
+    assert choose(lanes, options=Options(Mode.VMAP), workers=2).mode is Mode.MAP
 
 
 def test_a_short_sweep_is_not_measured(make_spec: Any) -> None:
     lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(2)])
-    assert choose(lanes, mode=Mode.AUTO, workers=2, most=None).mode is Mode.MAP
+    assert choose(lanes, options=Options(Mode.AUTO), workers=2).mode is Mode.MAP
 
 
 def test_a_lane_that_raises_while_it_is_measured_ends_no_other(
@@ -239,7 +239,7 @@ def test_a_lane_that_raises_while_it_is_measured_ends_no_other(
 
     monkeypatch.setattr("runner.lanes.choose._measure", raises)
     lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(8)])
-    chosen = choose(lanes, mode=Mode.AUTO, workers=2, most=None)
+    chosen = choose(lanes, options=Options(Mode.AUTO), workers=2)
     assert (chosen.mode, chosen.why) == (Mode.MAP, "ValueError: no luck")
 
 

@@ -22,7 +22,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["compose_once"]
+__all__ = ["compose_once", "plain_loader"]
 
 
 def compose_once(loader: ConfigLoader) -> None:
@@ -34,6 +34,13 @@ def compose_once(loader: ConfigLoader) -> None:
     if isinstance(loader, ConfigLoaderImpl):
         known = _Known(loader)
         loader.load_sweep_config = known.load  # type: ignore[method-assign]
+
+
+def plain_loader(loader: ConfigLoader) -> ConfigLoader:
+    """A loader as it was before `compose_once`, to be sent to another process."""
+    plain = copy.copy(loader)
+    vars(plain).pop("load_sweep_config", None)
+    return plain
 
 
 class _Known:

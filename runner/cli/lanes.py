@@ -8,7 +8,7 @@ callbacks, its place in `HydraConfig`.
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from threading import Thread
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 __all__ = ["launch_lanes"]
 
 _log = logging.getLogger("runner")
+Stops = Callable[[], contextlib.AbstractContextManager[Callable[[], str]]]
 _Batch = list[tuple[Job, Callable[[], Any]]]
 _Batches = list[_Batch]
 
@@ -47,9 +48,16 @@ class _Sweep:
     """The jobs of one launch, and the process that they share."""
 
     def __init__(
-        self, context: HydraContext, function: TaskFunction, options: Options
+        self,
+        context: HydraContext,
+        function: TaskFunction,
+        *,
+        lanes: int,
+        options: Options,
+        stops: Stops,
     ) -> None:
         self.context, self.function, self.options = context, function, options
+        self.lanes, self.stops = lanes, stops
         self.logs = JobLogs()
         self.is_interrupted = False
 
@@ -61,7 +69,7 @@ class _Sweep:
         groups = self._group()
         for job in jobs:
             self._attempt(job, self._open)
-        with stop_on_signals() as stop:
+        with self.stops() as stop:
             self._run(groups, stop)
 
     def _attempt(self, job: Job, step: Callable[[Job], None]) -> None:
@@ -158,23 +166,25 @@ class _Sweep:
             self._attempt(job, lambda job: self._end(job, self._task(job, stop)()))
 
     def _task(self, job: Job, stop: Callable[[], str]) -> "partial[Recorded | None]":
-        count = len(self.jobs)
-        return partial(train_job, job, lanes=count, logs=self.logs, stop=stop)
+        return partial(train_job, job, lanes=self.lanes, logs=self.logs, stop=stop)
 
     def _run_lanes(self, sharing: list[list[Job]], stop: Callable[[], str]) -> None:
         """Runs jobs of one environment, each list of which shares its programs."""
         from runner.lanes.choose import choose
         from runner.lanes.pool import count_workers, run_beside
 
-        options, most = self.options, self.options.max_lanes
+        options = self.options
         workers = count_workers(
-            sum(map(len, sharing)), most=most, each=max(map(_bytes_of, sharing))
+            sum(map(len, sharing)),
+            most=options.max_lanes,
+            each=max(map(_bytes_of, sharing)),
+            processes=options.processes or 1,
         )
         single: _Batches = []
         stacked: list[tuple[_Batches, int]] = []
         for jobs in sharing:
             lanes: list[Any] = [job.program for job in jobs]
-            chosen = choose(lanes, mode=options.mode, workers=workers, most=most)
+            chosen = choose(lanes, options=options, workers=workers)
             for job in jobs:
                 job.mode = str(chosen.mode) if len(jobs) > 1 else "job"
             if chosen.mode is Mode.MAP and chosen.why and options.mode is Mode.VMAP:
@@ -271,26 +281,31 @@ def launch_lanes(
     context: HydraContext,
     function: TaskFunction,
     master: DictConfig,
-    job_overrides: Sequence[Sequence[str]],
+    job_overrides: Mapping[int, Sequence[str]],
     *,
-    first: int,
+    lanes: int,
     options: Options,
+    stops: Stops = stop_on_signals,
 ) -> list[JobReturn]:
-    """Runs the jobs of a sweep; what Hydra's launchers return of each.
+    """Runs jobs of a sweep; what Hydra's launchers return of each.
 
     Args:
         context: Hydra's own.
         function: What a job is, for callbacks.
         master: The sweep's config.
-        job_overrides: Of each job.
-        first: Number of the first one.
+        job_overrides: Of each job, by its number.
+        lanes: How many there are, with those that another process runs.
         options: `hydra.launcher`.
+        stops: Yields what says why to stop, while they run.
+
+    Raises:
+        SystemExit: a signal stopped them.
     """
     jobs = [
         compose_job(context, master, overrides, number)
-        for number, overrides in enumerate(job_overrides, start=first)
+        for number, overrides in job_overrides.items()
     ]
-    sweep = _Sweep(context, function, options)
+    sweep = _Sweep(context, function, lanes=lanes, options=options, stops=stops)
     if jobs:
         sweep.launch(jobs)
     if sweep.is_interrupted:

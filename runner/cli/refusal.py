@@ -29,6 +29,14 @@ _KINDS = {
 }
 _TWICE = re.compile(r"(\S+) appears more than once in the final defaults list")
 _NO_EQUALS = re.compile(r"Error parsing override '([^']*)'\s+missing EQUAL")
+_LAUNCHER = re.compile(r"Could not (?:find|load) 'hydra/launcher/(\w+)'")
+_OVER = "hydra/launcher/over"
+_EXTRAS = {  # of pyproject.toml, by the launchers that they bring
+    "joblib": "joblib",
+    "ray": "ray",
+    "submitit_local": "submitit",
+    "submitit_slurm": "submitit",
+}
 _NOISE = re.compile(r"\s*(full_key|object_type|reference_type|See https?)[:= ].*")
 
 
@@ -40,6 +48,8 @@ def refusal_of(error: Exception, args: list[str]) -> RunnerError:
         args: The command line.
     """
     text = str(error)
+    if (found := _LAUNCHER.search(text)) and found.group(1) in _EXTRAS:
+        return _not_installed(found.group(1), is_over=_OVER in text)
     if found := _OPTIONS.search(text):
         return _no_such_choice(text, found)
     if found := _UNKNOWN.search(text):
@@ -65,6 +75,15 @@ def refusal_of(error: Exception, args: list[str]) -> RunnerError:
         fix = f"Quote it: {path}=\"'...'\""
         return ConfigError(path, "can't be read as a value", got=value, fix=fix)
     return _anything_else(error, text, args)
+
+
+def _not_installed(launcher: str, *, is_over: bool) -> ConfigError:
+    return ConfigError(
+        _OVER if is_over else "hydra/launcher",
+        "not installed",
+        got=launcher,
+        fix=f"Say pip install 'jax-runner[{_EXTRAS[launcher]}]'",
+    )
 
 
 def _no_such_choice(text: str, options: re.Match[str]) -> ConfigError:
@@ -95,6 +114,9 @@ def _unknown_key(path: str, args: list[str]) -> ConfigError:
             (a for a in args if a.startswith("experiment=")), "experiment=NAME"
         )
         return ConfigError(path, "no recipe to replace", fix=f"Add one: +{given}")
+    if path == _OVER:
+        rule = "ships the lanes of hydra/launcher=vectorized, which is not there"
+        return ConfigError(path, rule, fix="Add hydra/launcher=vectorized")
     known = _keys_at(parent, args)
     if leaf in known:  # a mapping, given keys that it does not have
         given = next((a for a in args if a.startswith(f"{path}=")), f"{path}={{}}")

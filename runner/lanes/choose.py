@@ -17,7 +17,7 @@ import numpy as np
 
 from runner.errors import in_one_line
 from runner.lanes.lane import Executable, Lane
-from runner.lanes.mode import Mode
+from runner.lanes.mode import Mode, Options
 from runner.lanes.pool import free_bytes
 from runner.lanes.stacked import Stacked
 from runner.program import Construct
@@ -68,42 +68,37 @@ def why_not_together(lanes: Sequence[Lane]) -> str:
     return ""
 
 
-def choose(
-    lanes: Sequence[Lane], *, mode: Mode, workers: int, most: int | None
-) -> Chosen:
+def choose(lanes: Sequence[Lane], *, options: Options, workers: int) -> Chosen:
     """Measures what has to be measured, and decides.
 
     Args:
         lanes: Those of one group.
-        mode: What the user wants.
+        options: What the user wants.
         workers: How many threads call a program that is not stacked.
-        most: How many lanes may be in memory at a time, by the user.
     """
     strict = any(lane.spec.determinism is Determinism.STRICT for lane in lanes)
-    if mode is Mode.MAP or len(lanes) == 1:
+    if options.mode is Mode.MAP or len(lanes) == 1:
         return Chosen(Mode.MAP)
-    if mode is Mode.AUTO and (strict or len(lanes) < _LEAST):
+    if options.mode is Mode.AUTO and (strict or len(lanes) < _LEAST):
         return Chosen(Mode.MAP)
     if why := why_not_together(lanes):
         return Chosen(Mode.MAP, why=why)
     try:
-        return _weigh(lanes, mode=mode, workers=workers, most=most)
+        return _weigh(lanes, options=options, workers=workers)
     except Exception as error:  # of a lane's own code: by itself, it will say so
         return Chosen(Mode.MAP, why=in_one_line(error))
 
 
-def _weigh(
-    lanes: Sequence[Lane], *, mode: Mode, workers: int, most: int | None
-) -> Chosen:
+def _weigh(lanes: Sequence[Lane], *, options: Options, workers: int) -> Chosen:
     """Compiles for all, and times both if it is left to us."""
     executable = lanes[0].executable
     begun = time.perf_counter()
     _ = executable.calls
     compiled = time.perf_counter() - begun
     stacks = workers if jax.default_backend() == "cpu" else 1
-    width = _width(executable, lanes=len(lanes), workers=stacks, most=most)
+    width = _width(executable, len(lanes), workers=stacks, options=options)
     stacked = Stacked(executable, width=width)
-    if mode is Mode.AUTO:
+    if options.mode is Mode.AUTO:
         if width < 2:
             return Chosen(Mode.MAP)
         sides = [_Alone(lane) for lane in lanes[:workers]]
@@ -120,15 +115,17 @@ def _weigh(
 
 
 def _width(
-    executable: Executable, *, lanes: int, workers: int, most: int | None
+    executable: Executable, lanes: int, *, workers: int, options: Options
 ) -> int:
     """Lanes of one call: all, spread over the threads, or as many as fit."""
     train: Any = executable.calls.train  # a `jax.stages.Compiled`
     memory = train.memory_analysis()
     each = 1 if memory is None else memory.output_size_in_bytes * 2
     each += 0 if memory is None else memory.temp_size_in_bytes
-    fit = int(_MEMORY * free_bytes() / max(each, 1) / workers)
-    return max(1, min(-(-lanes // workers), fit, (most or lanes) // workers or 1))
+    free = _MEMORY * free_bytes(options.processes or 1)
+    fit = int(free / max(each, 1) / workers)
+    most = (options.max_lanes or lanes) // workers
+    return max(1, min(-(-lanes // workers), fit, most))
 
 
 def _measure(takes: Sequence[Callable[[], int]]) -> float:

@@ -24,13 +24,17 @@ class Options:
     Args:
         mode: How lanes are computed.
         max_lanes: How many are in memory at a time; None finds out.
+        lanes_per_job: How many another launcher ships at a time; None finds out.
+        processes: How many processes of this machine run lanes; None finds out.
     """
 
     mode: Mode = Mode.AUTO
     max_lanes: int | None = None
+    lanes_per_job: int | None = None
+    processes: int | None = None
 
     @classmethod
-    def parse(cls, mode: str, max_lanes: int | None) -> "Options":
+    def parse(cls, mode: str, **counts: int | None) -> "Options":
         """What the config says.
 
         Raises:
@@ -44,7 +48,8 @@ class Options:
                 allowed=f"Choices: {', '.join(Mode)}",
                 fix=did_you_mean(mode, list(Mode)),
             )
-        if max_lanes is not None and max_lanes < 1:
-            rule = "must be at least 1"
-            raise ConfigError("hydra.launcher.max_lanes", rule, got=max_lanes)
-        return cls(Mode(mode), max_lanes)
+        for name, count in counts.items():
+            if count is not None and count < 1:
+                rule = "must be at least 1"
+                raise ConfigError(f"hydra.launcher.{name}", rule, got=count)
+        return cls(Mode(mode), **counts)

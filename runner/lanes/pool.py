@@ -6,6 +6,7 @@ cores train at a time, each by the very calls that a run alone makes: on the sam
 device, with the same pool of threads. Their bits are those of the run alone.
 """
 
+import math
 import os
 import queue
 import threading
@@ -23,24 +24,30 @@ T = TypeVar("T")
 _STATES = 4  # in memory for a lane: its own, its gradients, a copy to be saved, room
 
 
-def count_workers(lanes: int, *, most: int | None, each: int = 0) -> int:
-    """How many lanes are run at a time.
+def count_workers(
+    lanes: int, *, most: int | None, each: int = 0, processes: int = 1
+) -> int:
+    """How many lanes are run at a time, by this process.
 
     Args:
         lanes: How many there are.
         most: The user's own bound, if any.
         each: Bytes of the state of one.
+        processes: How many share the machine.
     """
-    fit = free_bytes() // (_STATES * each) if each else lanes
-    return max(1, min(lanes, count_cores(), most or lanes, fit))
+    fit = free_bytes(processes) // (_STATES * each) if each else lanes
+    cores = math.ceil(count_cores() / processes)
+    if processes > 1:
+        cores += 1  # while a lane waits for its checkpoint, another one computes
+    return max(1, min(lanes, cores, most or lanes, fit))
 
 
-def free_bytes() -> int:
-    """Memory that is free where arrays lie."""
+def free_bytes(processes: int = 1) -> int:
+    """Memory that is free where arrays lie, for each of some processes."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // processes
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
 
 
 def run_beside(

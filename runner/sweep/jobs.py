@@ -20,6 +20,7 @@ from runner.sweep.objective import Objective, objective_of
 __all__ = [
     "FAILURE",
     "MULTIRUN",
+    "SHARES",
     "Job",
     "Status",
     "command_of",
@@ -31,6 +32,7 @@ __all__ = [
 
 FAILURE = "failure.json"  # in the directory of a job that failed before its record
 MULTIRUN = "multirun.yaml"  # Hydra's, in the directory of a sweep
+SHARES = ".shares"  # there, too: what other processes than the sweep's own leave
 _OVERRIDES = Path(".hydra", "overrides.yaml")
 _LOG = "runner.log"  # Hydra opens it before the job begins
 _DEPTH = 3  # of a sweep's jobs: date, time, number
@@ -98,7 +100,8 @@ def _walk(where: Path, names: Sequence[str], past: str, depth: int) -> Iterator[
     if depth == 0:
         return
     try:
-        children = [child for child in where.iterdir() if child.is_dir()]
+        found = [child for child in where.iterdir() if child.name != SHARES]
+        children = [child for child in found if child.is_dir()]
     except OSError as error:
         raise RecordError(f"{where}: can't be read ({error.strerror}).") from error
     for child in children:

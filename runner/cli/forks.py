@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shares of a sweep in processes of this machine: forks of the one that launches.
+
+Beside its arithmetic, a lane takes a tenth of a second of Python for its record, and
+one interpreter runs one thread at a time. So where lanes are many and the device is
+the CPU, each core has a process of its own, forked before JAX makes a backend.
+"""
+
+import contextlib
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig
+
+from runner.cli.running import INTERRUPTED
+from runner.cli.share import STOPS, Share, ShareTask, ended, portable
+from runner.determinism import has_backend
+from runner.machine import count_cores
+from runner.sweep.jobs import SHARES
+
+__all__ = ["Forks", "count_processes"]
+
+_WORTH = 16  # lanes that repay the two seconds that a process takes to start
+_USERS = (signal.SIGINT, signal.SIGTERM)
+_BYTES = 2**30  # of a process, before its lanes
+
+
+def count_processes(lanes: int) -> int:
+    """How many processes run lanes on this machine, where nobody says it."""
+    if sys.platform != "linux" or has_backend() or not _is_on_cpu():
+        return 1
+    return max(1, min(count_cores(), lanes // _WORTH, _free_bytes() // _BYTES))
+
+
+def _free_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _is_on_cpu() -> bool:
+    """Whether JAX can only take the CPU, as far as is known before it looks."""
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        return platforms == "cpu"
+    return not entry_points(group="jax_plugins")
+
+
+class Forks(Launcher):
+    """Runs each share in a fork of this process, all at a time."""
+
+    def setup(
+        self,
+        *,
+        hydra_context: HydraContext,
+        task_function: TaskFunction,
+        config: DictConfig,
+    ) -> None:
+        """Takes what is to be run."""
+        assert isinstance(task_function, ShareTask)
+        self._shares = task_function.shares
+        self._root = Path(str(config.hydra.sweep.dir)).absolute() / SHARES
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """What came of each share.
+
+        Raises:
+            SystemExit: the user stopped them, and they have saved their lanes.
+        """
+        _import_all()
+        life = os.pipe()  # its end tells the children that this process is gone
+        children: list[_Child] = []
+        try:
+            for share in self._shares:
+                directory = self._root / str(next(iter(share.job_overrides)))
+                directory.mkdir(parents=True, exist_ok=True)
+                children.append(_Child(share, directory, life))
+            with _passing_on_signals(children):
+                results = [child.wait() for child in children]
+        finally:
+            for end in life:
+                os.close(end)
+        for result in results:
+            if isinstance(result, SystemExit):
+                raise result
+        return [_returned(result) for result in results]
+
+
+def _import_all() -> None:
+    """What every child needs. No backend is made: it would not live through a fork."""
+    import orbax.checkpoint  # noqa: F401
+
+    import runner.lanes.groups
+    import runner.recording  # noqa: F401
+
+
+class _Child:
+    """A fork of this process that runs a share."""
+
+    def __init__(self, share: Share, directory: Path, life: tuple[int, int]) -> None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        ours, theirs = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            os.close(ours)
+            os.close(life[1])
+            _be_child(share, directory, returns=theirs, life=life[0])
+        os.close(theirs)
+        self._returns = os.fdopen(ours, "rb")
+        self._has_ended = False
+
+    def wait(self) -> Any:
+        """What it sent, once it has ended; or an exception, which says why nothing."""
+        sent: Any = None
+        with contextlib.suppress(EOFError), self._returns:
+            sent = pickle.load(self._returns)
+        _, status = os.waitpid(self._pid, 0)
+        self._has_ended = True
+        return ended(os.waitstatus_to_exitcode(status)) if sent is None else sent
+
+    def tell(self, number: int) -> None:
+        """Sends it a signal."""
+        if not self._has_ended:
+            os.kill(self._pid, number)
+
+
+@contextlib.contextmanager
+def _passing_on_signals(children: Sequence[_Child]) -> Iterator[None]:
+    """SIGINT and SIGTERM have the children save their lanes; a second one kills."""
+    seen: list[int] = []
+
+    def tell(number: int, _: Any) -> None:
+        for child in children:
+            child.tell(signal.SIGKILL if seen else signal.SIGTERM)
+        seen.append(number)
+
+    before = {number: signal.signal(number, tell) for number in _USERS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _returned(result: Any) -> JobReturn:
+    failed = isinstance(result, Exception)
+    returned = JobReturn(status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
+    returned.return_value = result
+    return returned
+
+
+def _be_child(share: Share, directory: Path, *, returns: int, life: int) -> NoReturn:
+    """Runs the share, sends back what came of it, and ends."""
+    code = 1
+    try:
+        for number in STOPS:  # until there is something to save
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+        threading.Thread(target=_end_with, args=(life,), daemon=True).start()
+        result: Any
+        try:
+            result = [_bare(each) for each in share.run(directory)]
+        except Exception as error:
+            result = portable(error)
+        with os.fdopen(returns, "wb") as stream:
+            pickle.dump(result, stream)
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # what the parent does at its end is not ours to do
+
+
+def _bare(returned: JobReturn) -> JobReturn:
+    """Without the configs, which nobody asks for and which take long to send."""
+    returned.cfg = returned.hydra_cfg = None
+    return returned
+
+
+def _end_with(life: int) -> None:
+    os.read(life, 1)  # nothing comes: its end is that of the parent
+    os.kill(os.getpid(), signal.SIGTERM)
