@@ -17,6 +17,7 @@ from .mlp import MLP
 from .noise import Noise
 from .residual import ResidualMLPBlock
 from .sequential import Sequential
+from .sparsity import KLSparsity
 from .variable import Variable
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "Dropout",
     "Flatten",
     "Identity",
+    "KLSparsity",
     "Keys",
     "Noise",
     "RandomInteger",

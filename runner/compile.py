@@ -17,6 +17,7 @@ from runner.keys import KeyPlan, derive_base_keys, host_generator, plan_keys
 from runner.lift.fields import check_collections, check_streams
 from runner.mesh import Layout, make_layout
 from runner.model import Model, split_variables, trace_model
+from runner.penalties import split_losses
 from runner.probe.declared import make_arrays
 from runner.probe.probe import Probe, trace_probe
 from runner.program import (
@@ -46,6 +47,7 @@ def compile_run(spec: RunSpec) -> Program | Probe:
     layout = make_layout(spec)
     data = load_rows(spec, plan)
     order = make_order(spec, plan, rows=len(data.x_train))
+    _check_train_rows(spec, rows=len(data.x_train))
     model = Model.of(spec, layout)
     seeds = {name: jax.ShapeDtypeStruct((), jnp.uint32) for name in plan.streams}
     with trace_flags(spec):
@@ -115,6 +117,17 @@ def _compile_probe(spec: RunSpec, task: ProbeSpec, plan: KeyPlan) -> Probe:
         make_task(task).check(outputs, arrays[-1], None)
         _check_collections(traces)
     return Probe(spec, task, plan, model, arrays, constants, traces, layout)
+
+
+def _check_train_rows(spec: RunSpec, *, rows: int) -> None:
+    more = spec.eval.train_rows
+    if isinstance(more, int) and more > rows:
+        raise ConfigError(
+            "eval.train_rows",
+            f"must not exceed the {rows} rows to train on",
+            got=more,
+            fix="Set eval.train_rows=all",
+        )
 
 
 def _check_rows(task: ProbeSpec, arrays: tuple[Any, ...], layout: Layout) -> None:
@@ -202,7 +215,8 @@ def _refuse_changing(program: Program) -> None:
 
     def after(collections: Any, params: Any, x: Any, rngs: Any, hypers: Any) -> Any:
         variables = {"params": params, **collections}
-        return program.model.apply(variables, x, rngs, hypers, train=True)[1]
+        _, after = program.model.apply(variables, x, rngs, hypers, train=True)
+        return split_losses(after)[1]
 
     state, names = program.initial, program.traces[Phase.TRAIN].streams
     rngs = {name: program.keys[name] for name in names}
@@ -230,6 +244,7 @@ def _refuse_changing(program: Program) -> None:
 def _check_collections(traces: Mapping[Phase, Trace]) -> None:
     _, before = split_variables(traces[Phase.INIT].outputs)
     _, after = traces[Phase.TRAIN].outputs
+    _, after = split_losses(after)
     trees = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (before, after)]
     if trees[0] != trees[1]:
         raise ConfigError(

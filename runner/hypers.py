@@ -15,7 +15,9 @@ from typing import Any
 from runner.parse import Frozen
 from runner.spec import ClassificationSpec, RunSpec
 
-__all__ = ["SWEPT", "find_hypers", "insert_hypers"]
+__all__ = ["OF_TRAIN", "SWEPT", "find_hypers", "insert_hypers"]
+
+OF_TRAIN = ("clip_norm", "max_norm", "l1", "l2")  # under `train`, where they are set
 
 SWEPT = frozenset(
     {
@@ -25,6 +27,7 @@ SWEPT = frozenset(
         "peak_value",
         "rate",
         "scale",
+        "weight",
         "weight_decay",
     }
 )
@@ -35,7 +38,7 @@ def find_hypers(spec: RunSpec) -> dict[str, float]:
     found = {**_in_node("model", spec.model), **_in_node("optimizer", spec.optimizer)}
     if isinstance(spec.task, ClassificationSpec):
         found["task.label_smoothing"] = spec.task.label_smoothing
-    for name in ("clip_norm", "max_norm"):
+    for name in OF_TRAIN:
         if (value := getattr(spec.train, name)) is not None:
             found[f"train.{name}"] = value
     return found

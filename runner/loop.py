@@ -197,22 +197,23 @@ class _Loop:
 
     def _evaluate(self, state: State, step: int) -> None:
         planned = self._expect(Phase.EVAL, step)
-        rows, n = self.program.eval_rows, len(self.program.data.x_test)
-        zeros = dict.fromkeys(self.spec.task.metrics, np.float32(0))
-        sums = self.program.layout.place(zeros)
-        observed = []
-        for part in range(self.program.eval_batches):
-            at = np.arange(part * rows, (part + 1) * rows, dtype=np.int32)
-            window = {
-                "rows": np.minimum(at, n - 1),
-                "weights": (at < n).astype(np.float32),
-                "part": np.int32(part),
-            }
-            window = self.program.layout.place(window)
-            args = (state, window, self.test_data, self.keys, self.hypers)
-            sums, keys = self.program.calls.evaluate(sums, *args)
-            observed.append(keys)
-            self._breathe(sums)
+        sums: dict[str, Any] = {}
+        observed: list[Any] = []
+        for name, rows in self.program.eval_sets.items():
+            zeros = dict.fromkeys(self.spec.task.metrics, np.float32(0))
+            sums[name] = self.program.layout.place(zeros)
+            for first in rows[:: self.program.eval_rows]:
+                at = np.arange(first, first + self.program.eval_rows, dtype=np.int32)
+                window = {
+                    "rows": np.minimum(at, rows[-1]),
+                    "weights": (at <= rows[-1]).astype(np.float32),
+                    "part": np.int32(len(observed)),
+                }
+                window = self.program.layout.place(window)
+                args = (state, window, self.test_data, self.keys, self.hypers)
+                sums[name], keys = self.program.calls.evaluate(sums[name], *args)
+                observed.append(keys)
+                self._breathe(sums[name])
         take = partial(self._eval_record, step)
         self.pending.append(_Call(planned, (sums, observed), take))
 
@@ -240,8 +241,12 @@ class _Loop:
     def _eval_record(self, step: int, planned: Any, result: Any) -> EvalRecord:
         sums, observed = result
         self._compare(Phase.EVAL, step, planned, observed)
-        n = len(self.program.data.x_test)
-        values = {name: float(np.float32(s / n)) for name, s in sums.items()}
+        sets = self.program.eval_sets
+        values = {
+            f"{of}{name}": float(np.float32(s / len(sets[of])))
+            for of, each in sums.items()
+            for name, s in each.items()
+        }
         is_best = self.best.take(values, step)
         self.reason = self.reason or self.best.stop_early()
         return EvalRecord(step, values, is_best)

@@ -21,6 +21,7 @@ from runner.hypers import insert_hypers
 from runner.keys import KeyPlan, key_shape
 from runner.mesh import ONE_DEVICE, Layout
 from runner.parse import Node
+from runner.penalties import LOSSES, split_losses
 from runner.spec import Phase, RunSpec, StreamKind
 from runner.targets import NEEDS_VALUE, first_line
 
@@ -65,11 +66,13 @@ class Model:
     def init_named(
         self, rngs: Mapping[str, Key[Array, ""]], x: Inputs, hypers: Mapping[str, Any]
     ) -> PyTree:
-        """The same, in boxes that name the axes where the model names any."""
+        """The same, in boxes that name the axes where the model names any.
+
+        What modules sow into `losses` is of a step, and no variable.
+        """
         module = self.build(hypers)
-        return flax.core.unfreeze(
-            module.init(dict(rngs), *_as_args(x), **_flags(module, train=False))
-        )
+        variables = module.init(dict(rngs), *_as_args(x), **_flags(module, train=False))
+        return split_losses(flax.core.unfreeze(variables))[1]
 
     def apply(
         self,
@@ -80,12 +83,15 @@ class Model:
         *,
         train: bool,
     ) -> tuple[Array, PyTree]:
-        """Outputs, and the collections other than `params` after the call."""
+        """Outputs, and the collections other than `params` after the call.
+
+        In training, what modules sowed into `losses` is among them.
+        """
         module = self.build(hypers)
         params, collections = split_variables(variables)
         variables = {"params": _cast(params, self.dtype), **collections}
         x = _cast(x, self.dtype)
-        mutable = list(collections) if train else []
+        mutable = [*collections, LOSSES] if train else []
         with self.layout.naming() if train else contextlib.nullcontext():
             outputs, after = module.apply(
                 variables,

@@ -288,9 +288,20 @@ class Program:
         return eval_rows(self.spec, self.data, self.layout)
 
     @property
+    def eval_sets(self) -> dict[str, range]:
+        """The rows that an evaluation reads, by what stands before their metrics.
+
+        They are numbered on: the test rows, then those to train on.
+        """
+        tests, more = len(self.data.x_test), self.spec.eval.train_rows
+        more = len(self.data.x_train) if more == "all" else more or 0
+        sets = {"": range(tests), "train_": range(tests, tests + more)}
+        return {name: rows for name, rows in sets.items() if rows}
+
+    @property
     def eval_batches(self) -> int:
-        """Batches in an evaluation."""
-        return -(-len(self.data.x_test) // self.eval_rows)
+        """Batches in an evaluation; none has rows of two sets."""
+        return sum(-(-len(rows) // self.eval_rows) for rows in self.eval_sets.values())
 
     @property
     def initial(self) -> State:
@@ -320,11 +331,14 @@ class Program:
         }
 
     def place_data(self) -> tuple[Batch, Batch]:
-        """The rows to train on, and those to be tested on, on the device."""
+        """The rows to train on, and those of an evaluation, on the device."""
         data, place = self.data, self.layout.place
         train: Batch = place(Batch(data.x_train, data.y_train))
-        test: Batch = place(Batch(data.x_test, data.y_test))
-        return train, test
+        test = Batch(data.x_test, data.y_test)
+        if (more := self.eval_sets.get("train_")) is not None:
+            first = Batch(data.x_train[: len(more)], data.y_train[: len(more)])
+            test = Batch(*map(np.concatenate, zip(test, first, strict=True)))
+        return train, place(test)
 
     def start(self) -> tuple[State, dict[str, Any], dict[str, Any]]:
         """The state before step 0, the streams' base keys, and the hypers."""
@@ -516,7 +530,9 @@ class Program:
         }
         sum_ = jax.ShapeDtypeStruct((), jnp.float32)
         sums = dict.fromkeys(self.spec.task.metrics, sum_)
-        data = Batch(_shape(self.data.x_test), _shape(self.data.y_test))
+        count = sum(map(len, self.eval_sets.values()))
+        x, y = _shape(self.data.x_test), _shape(self.data.y_test)
+        data = Batch(*(s.update(shape=(count, *s.shape[1:])) for s in (x, y)))
         args = (sums, self.initial, at, data, self.keys, hyper_shapes(self.hypers))
         return call, args
 

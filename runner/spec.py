@@ -214,10 +214,14 @@ class ArraysSpec(DataSpec):
 
 @dataclass(frozen=True)
 class MnistSpec(DataSpec):
-    """The four idx files of MNIST (or one of its relatives), gzipped or not."""
+    """The four idx files of MNIST (or one of its relatives), gzipped or not.
+
+    `train_rows` takes the first so many rows to train on, and leaves the others out.
+    """
 
     name: Literal["mnist"] = "mnist"
     path: str = ""
+    train_rows: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -298,6 +302,8 @@ class TrainSpec:
     it never changes a bit. `accumulation_steps` cuts each batch into that many
     microbatches. `clip_norm` bounds the global norm of the gradient. `max_norm`
     bounds the norm of each unit's incoming weights (Srivastava et al. 2014, §5.1).
+    `l1` and `l2` are factors of the sums of |w| and w^2 over all kernels, which are
+    added to the loss.
     `matmul_precision` is that of products on an accelerator (null: as JAX is set).
     `compile_cache` is a directory, `auto` (the user's cache) or null.
     """
@@ -307,6 +313,8 @@ class TrainSpec:
     accumulation_steps: Count = 1
     clip_norm: Positive | None = None
     max_norm: Positive | None = None
+    l1: Natural | None = None
+    l2: Natural | None = None
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     matmul_precision: Literal["default", "high", "highest"] | None = None
     compile_cache: str | None = "auto"
@@ -317,13 +325,16 @@ class EvalSpec:
     """`eval`: when to evaluate, and which metric counts.
 
     `every` is in steps (null: at the end alone), `batch_size` in rows (null: as
-    large as 1,024). `metric` is the objective (null: the task's first), whose
-    best value is kept in the record. With `patience`, the run stops after that
-    many evaluations in a row that did not better it by more than `min_delta`.
+    large as 1,024). The first `train_rows` rows to train on (`all`, or null: none) are
+    evaluated, too, for metrics called `train_...`. `metric` is the objective (null: the
+    task's first), whose best value is kept in the record. With `patience`, the run
+    stops after that many evaluations in a row that did not better it by more than
+    `min_delta`.
     """
 
     every: Count | None = None
     batch_size: Count | None = None
+    train_rows: Count | Literal["all"] | None = None
     metric: str | None = None
     patience: Count | None = None
     min_delta: Natural = 0.0
@@ -674,6 +685,7 @@ def _check_probe(spec: RunSpec) -> None:
     unused = {
         "train.accumulation_steps": spec.train.accumulation_steps > 1,
         "eval.batch_size": spec.eval.batch_size is not None,
+        "eval.train_rows": spec.eval.train_rows is not None,
         "eval.patience": spec.eval.patience is not None,
     }
     for path in [path for path, is_set in unused.items() if is_set]:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, Key, PyTree
 
+from runner.penalties import find_penalties, is_kernel, split_losses
 from runner.tasks import Task
 
 __all__ = [
@@ -134,7 +135,10 @@ def make_grad_fn(parts: Parts) -> Callable[..., Any]:
     ) -> Any:
         variables = {"params": params, **collections}
         outputs, after = parts.apply(variables, batch.x, rngs, hypers, train=True)
+        sown, after = split_losses(after)
         loss = parts.task.loss(outputs, batch.y, hypers).mean()
+        for penalty in find_penalties(params, sown, hypers):
+            loss = loss + penalty
         metrics = jax.tree.map(jnp.mean, parts.task.metrics(outputs, batch.y))
         return loss, (after, {**metrics, "loss": loss})
 
@@ -208,7 +212,7 @@ def constrain_norms(params: PyTree, *, max_norm: float | Array) -> PyTree:
     """
 
     def constrain(path: Any, leaf: Array) -> Array:
-        if jax.tree_util.keystr(path[-1:], simple=True) != "kernel":
+        if not is_kernel(path):
             return leaf
         squares = jnp.sum(leaf**2, axis=range(leaf.ndim - 1), keepdims=True)
         norms = jnp.sqrt(squares)

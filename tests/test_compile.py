@@ -164,6 +164,19 @@ def test_eval_batches(batch_size: Any, rows: int, batches: int, spec_of: Any) ->
     assert C.MICROBATCH not in program.coordinates[Phase.TRAIN]
 
 
+def test_rows_to_train_on_are_batches_of_an_evaluation(spec_of: Any) -> None:
+    """They have numbers of their own, and so keys of their own."""
+    program = compile_run(spec_of("eval.train_rows=400"))
+    assert program.eval_sets == {"": range(359), "train_": range(359, 759)}
+    assert (program.eval_rows, program.eval_batches) == (359, 3)
+    assert C.MICROBATCH in program.coordinates[Phase.EVAL]
+    whole = compile_run(spec_of("eval.train_rows=all"))
+    assert len(whole.eval_sets["train_"]) == 1438
+    rule = r"eval\.train_rows: must not exceed the 1438 rows to train on \(got 1439\)"
+    with pytest.raises(ConfigError, match=rule):
+        compile_run(spec_of("eval.train_rows=1439"))
+
+
 def test_microbatches(spec_of: Any) -> None:
     program = compile_run(spec_of("train.accumulation_steps=4"))
     assert program.microbatch.shape == (8, 8, 8)

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -307,6 +308,20 @@ def test_mnist_itself() -> None:
     assert np.bincount(data.y_train).tolist() == counts
     mean, deviation = data.x_train.mean(), data.x_train.std()  # known to everyone
     assert (round(float(mean), 4), round(float(deviation), 4)) == (0.1307, 0.3081)
+
+
+def test_mnist_takes_the_first_rows(tmp_path: Path) -> None:
+    whole = load_data(mnist(tmp_path), split=None)
+    cut = load_data(replace(mnist(tmp_path), train_rows=3), split=None)
+    np.testing.assert_array_equal(cut.x_train, whole.x_train[:3], strict=True)
+    np.testing.assert_array_equal(cut.y_train, whole.y_train[:3], strict=True)
+    np.testing.assert_array_equal(cut.x_test, whole.x_test, strict=True)
+    assert cut.classes == whole.classes
+    text = refusal(replace(mnist(tmp_path), train_rows=6))
+    assert text == (
+        "data.train_rows: must not exceed the 5 rows to train on (got 6). "
+        "Set data.train_rows=null for all of them."
+    )
 
 
 @needs_mnist

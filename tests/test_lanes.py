@@ -47,6 +47,14 @@ def test_inputs_of_the_program_part_no_runs(make_spec: Any) -> None:
     assert numbers(found) == [(0, 1, 2, 3, 4)]
 
 
+@pytest.mark.parametrize("name", ["clip_norm", "max_norm", "l1", "l2"])
+def test_numbers_of_train_are_of_one_family(make_spec: Any, name: str) -> None:
+    """Traced once, with one data set: else their lanes can't be computed together."""
+    found = group(make_spec, f"train.{name}=0.5", f"train.{name}=0.25", "seed=3")
+    assert numbers(found) == [(0, 1), (2,)]
+    assert [len(each.families) for each in found.groups] == [1, 1]
+
+
 def test_what_is_not_compiled_parts_no_runs(make_spec: Any) -> None:
     """It comes out of the compiled programs: no list names these leaves."""
     found = group(

@@ -80,7 +80,7 @@ class Fake:
         most = 512 if per_call == "auto" else per_call
         self.window = min(most, spec.train.steps)
         self.is_paced = per_call == "auto"
-        self.eval_rows, self.eval_batches = 4, 1
+        self.eval_rows, self.eval_sets = 4, {"": range(4)}
         self.fails, self.values, self.layout = fails, values, ONE_DEVICE
         self.log: list[str] = []
         self.calls = SimpleNamespace(

@@ -887,6 +887,7 @@ REFUSALS = [
         "train.accumulation_steps: not for a probe",
     ),
     ([*PROBE, "eval.patience=2"], "eval.patience: not for a probe"),
+    ([*PROBE, "eval.train_rows=all"], "eval.train_rows: not for a probe"),
     ([*PROBE, "task.inputs=[{one:[2]}]"], "task.inputs[0].one: unknown key (got [2])"),
     ([*PROBE, "task.targets={one:[2]}"], "task.targets.one: unknown key (got [2])"),
     ([*PROBE, "task.inputs=3"], "task.inputs: must be a list"),

@@ -276,21 +276,26 @@ def test_eval_weights() -> None:
     assert float(sums["mae"]) == pytest.approx(float(abs(error).sum()), rel=1e-5)
 
 
-Evaluate = Callable[[int | None, np.ndarray], dict[str, float]]
+Evaluate = Callable[..., dict[str, float]]
 
 
 @pytest.fixture(scope="module")
 def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evaluate:
-    """Evaluates a linear model at step 0: (eval.batch_size, targets) to metrics."""
+    """Evaluates a linear model at step 0: (eval.batch_size, targets) to metrics.
+
+    With `train_rows`, those of rows to train on, too.
+    """
     from runner.compile import compile_run
     from runner.course import BEGINNING
     from runner.loop import _Loop
 
     path: Path = tmp_path_factory.mktemp("eval")
 
-    def run(batch_size: int | None, targets: np.ndarray) -> dict[str, float]:
-        x, n = values(ROWS, WIDTH), len(targets)
-        tests = {"x_test": values(n, WIDTH, seed=1), "y_test": targets}
+    def run(
+        batch_size: int | None, targets: np.ndarray, *, train_rows: int | str = "null"
+    ) -> dict[str, float]:
+        x = values(ROWS, WIDTH)
+        tests = {"x_test": values(len(targets), WIDTH, seed=1), "y_test": targets}
         np.savez(path / "data.npz", x_train=x, y_train=values(ROWS), **tests)
         spec = make_spec(
             "data=arrays",
@@ -300,17 +305,25 @@ def evaluate(make_spec: Any, tmp_path_factory: pytest.TempPathFactory) -> Evalua
             "model.num_outputs=1",
             "data.batch_size=4",
             f"eval.batch_size={'null' if batch_size is None else batch_size}",
+            f"eval.train_rows={train_rows}",
         )
         program = compile_run(spec)
         loop = _Loop(program, BEGINNING, lambda: "", None, lambda value: value)
         state, loop.keys, loop.hypers = program.start()
         loop._evaluate(state, 0)
-        result, _ = jax.device_get(loop.pending.pop().result)
+        call = loop.pending.pop()
+        assert len(call.result[1]) == program.eval_batches
+        found = call.take(None, jax.device_get(call.result)).metrics
         kernel = np.asarray(state.params["Dense_0"]["kernel"])
         error = (tests["x_test"] @ kernel)[:, 0] - targets.astype(np.float64)
-        return {k: float(v / n) for k, v in result.items()} | {
+        kept = ROWS if train_rows == "all" else train_rows
+        ours = (x @ kernel)[:, 0] - values(ROWS)
+        return {**found} | {
             "by hand": float(np.square(error).mean()),
             "mae by hand": float(np.abs(error).mean()),
+            "train by hand": float(np.square(ours[: int(kept)]).mean())
+            if train_rows != "null"
+            else 0.0,
         }
 
     return run
@@ -322,6 +335,22 @@ def test_any_eval_batch_size(batch_size: int | None, evaluate: Evaluate) -> None
     found = evaluate(batch_size, values(11, seed=9))
     assert found["loss"] == pytest.approx(found["by hand"], rel=1e-5)
     assert found["mae"] == pytest.approx(found["mae by hand"], rel=1e-5)
+
+
+@pytest.mark.promotes
+@pytest.mark.parametrize("batch_size", [1, 5, 11])
+@pytest.mark.parametrize("train_rows", [7, "all"])
+def test_rows_to_train_on_are_evaluated_too(
+    batch_size: int, train_rows: int | str, evaluate: Evaluate
+) -> None:
+    plain = evaluate(batch_size, values(11, seed=9))
+    assert not [name for name in plain if name.startswith("train_")]
+    found = evaluate(batch_size, values(11, seed=9), train_rows=train_rows)
+    assert found["train_loss"] == pytest.approx(found["train by hand"], rel=1e-5)
+    assert {k: found[k] for k in ("loss", "mae")} == {
+        k: plain[k] for k in ("loss", "mae")
+    }
+    assert "train_mae" in found
 
 
 @pytest.mark.promotes

@@ -201,6 +201,18 @@ def test_numbers_that_never_repeat_are_fields_of_their_own() -> None:
     assert fields == (Field("a"), Field("b"), Field("o.t", ("o.c",)))
 
 
+def test_what_is_interpolated_is_no_field() -> None:
+    """It is a copy of what stands beside `module`; equal by chance elsewhere is not."""
+    configs = [
+        {"model.rate": x, "model.module.layers[3].rate": x, "model.module.depth": 2 * x}
+        | {"optimizer.rate": x, "optimizer.transform.scale": x, "train.max_norm": x}
+        for x in (1, 2, 1)
+    ]
+    assert list(differing_leaves(configs)) == [
+        *("model.rate", "model.module.depth", "optimizer.rate", "train.max_norm")
+    ]
+
+
 def test_an_absent_leaf_is_not_a_null_one() -> None:
     leaves = differing_leaves([{"a": None, "b": 1}, {"b": 1.0}])
     assert leaves == {"a": [None, ABSENT], "b": [1, 1.0]}
@@ -316,7 +328,7 @@ def test_what_is_drawn_of_one_field(forge: Forge) -> None:
     rates = [(rate, seed) for rate in (0.0, 0.2, 0.5) for seed in (0, 1)]
     jobs = [{"model.dropout_rate": r, "seed": s} for r, s in rates]
     sweep = forge(jobs, [0.1, 0.3, 0.5, 0.5, None, 0.2])
-    (chart,) = points(sweep)
+    ((chart,),) = (found.series for found in points(sweep))
     assert chart.jobs == ((0.0, 0.1), (0.0, 0.3), (0.2, 0.5), (0.2, 0.5), (0.5, 0.2))
     assert [mean[:2] for mean in chart.means] == [(0.0, 0.2), (0.2, 0.5), (0.5, 0.2)]
     assert chart.means[0][2] == pytest.approx(math.sqrt(0.02))
@@ -324,6 +336,29 @@ def test_what_is_drawn_of_one_field(forge: Forge) -> None:
     page = make_page(collect_runs([str(sweep.directory)]))
     assert "accuracy by model.dropout_rate" in page
     assert "eval accuracy by model.dropout_rate, mean and deviation" in page
+
+
+def test_rows_to_train_on_stand_beside(forge: Forge) -> None:
+    """In the table and in the picture by value."""
+    jobs = [
+        {"model.dropout_rate": r, "seed": s} for r in (0.0, 0.2, 0.5) for s in (0, 1)
+    ]
+    where = forge(jobs, [0.5, 0.5, 0.6, 0.6, 0.4, 0.4]).directory
+    for i, value in enumerate([1.0, 0.98, 0.9, 0.9, 0.5, 0.7]):
+        path = where / str(i) / "run.json"
+        manifest = json.loads(path.read_text())
+        manifest["metrics"]["eval/train_accuracy"] = value
+        manifest["digest"] = digest_manifest(manifest)
+        path.write_text(json.dumps(manifest))
+    sweep = read_sweep(str(where))
+    ((tests, of_train),) = (found.series for found in points(sweep))
+    assert (tests.metric, of_train.metric) == ("accuracy", "train_accuracy")
+    assert [mean[:2] for mean in of_train.means] == [(0, 0.99), (0.2, 0.9), (0.5, 0.6)]
+    assert tests.means[0][1] == 0.5
+    groups, *_ = sweep_tables(sweep)
+    at = groups.columns.index("train_accuracy")
+    assert [row[at] for row in groups.rows] == ["0.9", "0.99", "0.6"]
+    assert "train_accuracy</li>" in make_page(collect_runs([str(where)]))
 
 
 def test_two_fields_are_a_map(forge: Forge) -> None:

@@ -42,7 +42,8 @@ def load_mnist(spec: MnistSpec) -> Dataset:
     to document recognition", Proceedings of the IEEE, 1998.
 
     Raises:
-        DataError: a file is absent or damaged, or two of them disagree.
+        DataError: a file is absent or damaged, two of them disagree, or there are
+            fewer rows than `train_rows`.
     """
     files = _find(spec.path)
     x_train, y_train = _read_part(files["train-images"], files["train-labels"])
@@ -53,9 +54,17 @@ def load_mnist(spec: MnistSpec) -> Dataset:
             "train and test images must be of one size",
             got=(x_train.shape[1:], x_test.shape[1:]),
         )
+    kept = len(x_train) if spec.train_rows is None else spec.train_rows
+    if kept > len(x_train):
+        raise DataError(
+            "data.train_rows",
+            f"must not exceed the {len(x_train)} rows to train on",
+            got=kept,
+            fix="Set data.train_rows=null for all of them",
+        )
     return Dataset(
-        np.divide(x_train, _WHITE),
-        y_train.astype(np.int32),
+        np.divide(x_train[:kept], _WHITE),
+        y_train[:kept].astype(np.int32),
         np.divide(x_test, _WHITE),
         y_test.astype(np.int32),
         classes=int(max(y_train.max(), y_test.max())) + 1,

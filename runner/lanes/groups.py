@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from runner.compile import compile_run
-from runner.hypers import find_hypers, insert_hypers
+from runner.hypers import OF_TRAIN, find_hypers, insert_hypers
 from runner.parse import Frozen, Node, to_plain
 from runner.probe.probe import Probe
 from runner.program import Program
@@ -144,14 +144,11 @@ def _bucket(
 def _blank(spec: RunSpec, inputs: Collection[str]) -> RunSpec:
     """A spec without its seeds, and without the numbers at some config paths."""
     zeros = dict.fromkeys(inputs, 0.0)
-    task, train = spec.task, spec.train
+    task = spec.task
     if "task.label_smoothing" in zeros:
         assert isinstance(task, ClassificationSpec)
         task = replace(task, label_smoothing=0.0)
-    if "train.clip_norm" in zeros:
-        train = replace(train, clip_norm=0.0)
-    if "train.max_norm" in zeros:
-        train = replace(train, max_norm=0.0)
+    given: dict[str, Any] = {n: 0.0 for n in OF_TRAIN if f"train.{n}" in zeros}
     streams = {
         name: replace(stream, seed=None if stream.seed is None else 0)
         for name, stream in spec.rng.streams.items()
@@ -163,7 +160,7 @@ def _blank(spec: RunSpec, inputs: Collection[str]) -> RunSpec:
         model=Node(insert_hypers(spec.model, zeros, path="model")),
         optimizer=Node(insert_hypers(spec.optimizer, zeros, path="optimizer")),
         task=task,
-        train=train,
+        train=replace(spec.train, **given),
     )
 
 

@@ -58,7 +58,7 @@ _COLLECTION_FILTERS = (
 _PARTS = ("cond_fn", "body_fn", "true_fun", "false_fun", "pred", "index")
 _FUNCTIONS = ("trans_in_fn", "trans_out_fn", "data_transform")
 _LIBRARIES = ("jax", "jaxlib", "flax")
-_FLAX_OWN = ("intermediates",)  # made by `sow`, in no model's variables
+_SOWN = ("intermediates", "losses")  # made by `sow`, in no model's variables
 
 
 @dataclass(frozen=True)
@@ -277,7 +277,7 @@ def check_collections(node: Any, *, path: str, collections: Iterable[str]) -> No
     known = list(collections)
     for where, key in _filters(node, path, _COLLECTION_FILTERS):
         for name in _names(key):
-            if name not in (*known, *_FLAX_OWN):
+            if name not in (*known, *_SOWN):
                 raise ConfigError(
                     where,
                     "not a collection of this model",
@@ -285,7 +285,7 @@ def check_collections(node: Any, *, path: str, collections: Iterable[str]) -> No
                     allowed=f"Collections: {', '.join(known) or 'none'}",
                     fix=did_you_mean(name, known),
                 )
-        _check_some(where, key, (*known, *_FLAX_OWN), "collection")
+        _check_some(where, key, (*known, *_SOWN), "collection")
 
 
 def _check_some(path: str, key: Any, known: Iterable[str], what: str) -> None:

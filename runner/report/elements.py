@@ -5,6 +5,7 @@ import html
 from collections.abc import Iterable, Sequence
 
 from runner.report.charts import Chart, draw_chart
+from runner.report.drawing import STYLES
 from runner.report.sweep_charts import HeatMap, Parallel, Points
 from runner.report.sweep_drawings import draw_parallel, draw_points
 from runner.report.table import Table, Weight
@@ -73,9 +74,7 @@ def figures(drawn: Iterable[str]) -> str:
 def chart(content: Chart) -> str:
     """Curves, with a legend."""
     marks = "".join(
-        f'<li><span style="border-top-style: {line.dash}; '
-        f'border-top-color: {line.color}"></span>{words(line.name)}</li>'
-        for line in content.lines
+        _mark(line.name, color=line.color, dash=line.dash) for line in content.lines
     )
     names = ", ".join(line.name for line in content.lines)
     label = f"{content.title} over steps: {names}"
@@ -83,12 +82,24 @@ def chart(content: Chart) -> str:
     return _figure(draw_chart(content), caption=caption, label=label)
 
 
+def _mark(name: str, *, color: str, dash: str) -> str:
+    """A line of a legend."""
+    style = f"border-top-style: {dash}; border-top-color: {color}"
+    return f'<li><span style="{style}"></span>{words(name)}</li>'
+
+
 def points_figure(content: Points) -> str:
     """The objective against a number."""
-    title = f"{content.metric} by {content.field}"
+    first, *more = content.series
+    title = f"{first.metric} by {content.field}"
     said = "a dot for each job"
-    said += "; mean and deviation" if content.means else ""
-    caption = f'{words(title)}<ul class="legend"><li>{said}</li></ul>'
+    said += "; mean and deviation" if first.means else ""
+    marks = "".join(
+        _mark(series.metric, color=color, dash="solid")
+        for series, (color, _) in zip(content.series, STYLES, strict=False)
+        if more
+    )
+    caption = f'{words(title)}<ul class="legend">{marks}<li>{said}</li></ul>'
     return _figure(draw_points(content), caption=caption, label=title)
 
 

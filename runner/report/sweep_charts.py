@@ -20,6 +20,7 @@ __all__ = [
     "HeatMap",
     "Parallel",
     "Points",
+    "Series",
     "curves_by_value",
     "heat_map",
     "parallel",
@@ -35,20 +36,31 @@ _WORD = 14  # letters of a tick
 
 
 @dataclass(frozen=True)
+class Series:
+    """A metric against a number.
+
+    Args:
+        metric: Its name.
+        jobs: Number and value of each completed job.
+        means: Number, mean and deviation for each that several jobs have.
+    """
+
+    metric: str
+    jobs: tuple[tuple[float, float], ...]
+    means: tuple[tuple[float, float, float], ...]
+
+
+@dataclass(frozen=True)
 class Points:
     """The objective against a number that was swept.
 
     Args:
         field: Path of the number.
-        metric: The objective.
-        jobs: Number and score of each completed job.
-        means: Number, mean and deviation for each that several jobs have.
+        series: The objective; then, where it was evaluated, that of rows to train on.
     """
 
     field: str
-    metric: str
-    jobs: tuple[tuple[float, float], ...]
-    means: tuple[tuple[float, float, float], ...]
+    series: tuple[Series, ...]
 
 
 @dataclass(frozen=True)
@@ -94,23 +106,25 @@ def points(sweep: Sweep) -> Iterator[Points]:
         numbers = [v for v in by_value if _is_number(v)]
         if len(numbers) < 3 or len(numbers) != len(by_value):
             continue
-        scores = {
-            float(v): [
-                x
-                for job in by_value[v]
-                if (x := value_of(job, sweep.metric)) is not None
-            ]
-            for v in sorted(numbers)
-        }
-        jobs = tuple((v, x) for v, xs in scores.items() for x in xs)
-        means = tuple(
-            (v, statistics.fmean(xs), statistics.stdev(xs) if len(xs) > 1 else 0.0)
-            for v, xs in scores.items()
-            if xs
-        )
-        if jobs:
-            is_search = len(means) == len(jobs) and len(jobs) > _VALUES
-            yield Points(field.path, sweep.metric, jobs, () if is_search else means)
+        metrics = filter(None, (sweep.metric, sweep.of_train))
+        series = [_series(by_value, metric) for metric in metrics]
+        if series and series[0].jobs:
+            yield Points(field.path, tuple(series))
+
+
+def _series(by_value: Mapping[Any, Sequence[Job]], metric: str) -> Series:
+    scores = {
+        float(v): [x for job in jobs if (x := value_of(job, metric)) is not None]
+        for v, jobs in by_value.items()
+    }
+    jobs = tuple((v, x) for v, xs in scores.items() for x in xs)
+    means = tuple(
+        (v, statistics.fmean(xs), statistics.stdev(xs) if len(xs) > 1 else 0.0)
+        for v, xs in scores.items()
+        if xs
+    )
+    is_search = len(means) == len(jobs) and len(jobs) > _VALUES
+    return Series(metric, jobs, () if is_search else means)
 
 
 def curves_by_value(sweep: Sweep, curves: Mapping[str, Curves]) -> Iterator[Chart]:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from runner.report.charts import is_wide, number_axis
 from runner.report.drawing import INK, PAPER, STYLES, draw
-from runner.report.sweep_charts import Parallel, Points
+from runner.report.sweep_charts import Parallel, Points, Series
 from runner.sinks.text import clean
 
 if TYPE_CHECKING:
@@ -20,15 +20,9 @@ def draw_points(chart: Points) -> str:
     """The drawing as an `<svg>` element."""
 
     def paint(axes: "Axes") -> None:
-        color = STYLES[0][0]
-        x, y = zip(*chart.jobs, strict=True)
-        axes.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
-        if chart.means:
-            at, mean, deviation = zip(*chart.means, strict=True)
-            bars = deviation if any(deviation) else None
-            axes.errorbar(
-                at, mean, yerr=bars, color=color, lw=1.4, marker="o", ms=4, capsize=3
-            )
+        for series, (color, _) in zip(chart.series, STYLES, strict=False):
+            _paint_series(axes, series, color=color)
+        x, y = zip(*(at for series in chart.series for at in series.jobs), strict=True)
         if is_wide(x):
             axes.set_xscale("log")
             number_axis(axes.xaxis)
@@ -36,11 +30,24 @@ def draw_points(chart: Points) -> str:
             axes.set_yscale("log")
             number_axis(axes.yaxis)
         axes.set_xlabel(clean(chart.field))
-        axes.set_ylabel(clean(chart.metric))
+        axes.set_ylabel(clean(chart.series[0].metric))
         axes.grid(alpha=0.18, color=INK, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
 
     return draw(paint, size=(6.4, 3.0))
+
+
+def _paint_series(axes: "Axes", series: Series, *, color: str) -> None:
+    if not series.jobs:
+        return
+    x, y = zip(*series.jobs, strict=True)
+    axes.scatter(x, y, s=14, color=color, alpha=0.35, linewidths=0)
+    if series.means:
+        at, mean, deviation = zip(*series.means, strict=True)
+        bars = deviation if any(deviation) else None
+        axes.errorbar(
+            at, mean, yerr=bars, color=color, lw=1.4, marker="o", ms=4, capsize=3
+        )
 
 
 def draw_parallel(chart: Parallel) -> str:

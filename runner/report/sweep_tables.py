@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a report shows of a sweep, as tables. Needs neither jax nor matplotlib."""
 
+import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,14 +30,11 @@ def groups_table(sweep: Sweep, *, most: int | None = None) -> Table:
     """A row for each setting, the best first: mean and deviation over its jobs."""
     paths, hidden = _columns(path for path in sweep.leaves if path not in sweep.seeds)
     is_repeated = sweep.repeats > 1
-    head = [*paths, "jobs", "mean", "deviation", "best", "of job"]
-    plain = [*paths, sweep.metric or "objective", "job"]
-    rows = [_group_row(group, paths, sweep) for group in sweep.groups[:most]]
-    if not is_repeated:
-        rows = [
-            [*row[: len(paths)], row[-2], group.jobs[0].label]
-            for row, group in zip(rows, sweep.groups, strict=False)
-        ]
+    of_train = [sweep.of_train] if sweep.of_train else []
+    head = [*paths, "jobs", "mean", "deviation", *of_train, "best", "of job"]
+    plain = [*paths, sweep.metric or "objective", *of_train, "job"]
+    row_of = _group_row if is_repeated else _job_row
+    rows = [row_of(group, paths, sweep) for group in sweep.groups[:most]]
     notes = [_more(len(sweep.groups) - len(rows), "settings"), _more(hidden, "leaves")]
     caption = f"{sweep.metric or 'no objective'}, the best first"
     if is_repeated and sweep.seeds:
@@ -52,9 +50,30 @@ def _group_row(group: Group, paths: Sequence[str], sweep: Sweep) -> list[Any]:
         str(all_) if done == all_ else f"{done} of {all_}",
         _number(group.mean),
         _number(group.deviation, digits=2),
+        *_of_train(group, sweep),
         _number(best),
         group.best and group.best.label,
     ]
+
+
+def _job_row(group: Group, paths: Sequence[str], sweep: Sweep) -> list[Any]:
+    (job,) = group.jobs
+    return [
+        *(_cell(group.values, path) for path in paths),
+        _number(value_of(job, sweep.metric)),
+        *_of_train(group, sweep),
+        job.label,
+    ]
+
+
+def _of_train(group: Group, sweep: Sweep) -> list[str]:
+    """The mean over rows to train on, in a sweep that has any."""
+    if not sweep.of_train:
+        return []
+    found = [
+        x for job in group.jobs if (x := value_of(job, sweep.of_train)) is not None
+    ]
+    return [_number(statistics.fmean(found) if found else None)]
 
 
 def unfinished_table(sweep: Sweep, *, most: int | None = None) -> Table:

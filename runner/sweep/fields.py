@@ -16,6 +16,8 @@ from runner.differences.leaves import is_same
 
 __all__ = ["ABSENT", "Field", "differing_leaves", "fields_of", "is_seed"]
 
+_WRAPPERS = ("model.module", "optimizer.transform")
+
 ABSENT: Any = object()  # the value of a leaf that a config does not have
 
 
@@ -39,8 +41,10 @@ def differing_leaves(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any
         configs: Leaves by path, a mapping for each run.
 
     Returns:
-        For each path a value for each run, `ABSENT` where it has none. `rng.seed` is
-        left out where it follows `seed`. `experiment` comes first.
+        For each path a value for each run, `ABSENT` where it has none. One that only
+        follows another is left out: `rng.seed` after `seed`, and what lies below
+        `model.module` or `optimizer.transform` after a name beside it. `experiment`
+        comes first.
     """
     found: dict[str, list[Any]] = {}
     for path in dict.fromkeys(path for config in configs for path in config):
@@ -48,10 +52,27 @@ def differing_leaves(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any
         is_one = all(_is_equal(value, values[0]) for value in values[1:])
         if is_one or (is_idle(path) and path != "experiment"):
             continue
-        if path == "rng.seed" and values == found.get("seed"):
-            continue  # follows it
         found[path] = values
-    return {path: found[path] for path in sorted(found, key=_is_not_experiment)}
+    kept = (path for path in found if not _follows(path, found))
+    return {path: found[path] for path in sorted(kept, key=_is_not_experiment)}
+
+
+def _follows(path: str, found: Mapping[str, list[Any]]) -> bool:
+    """Whether a leaf has the value of another one in every run, as one that is made
+    from it by interpolation.
+    """
+    if path == "rng.seed":
+        return found[path] == found.get("seed")
+    root = next((root for root in _WRAPPERS if _is_below(path, root)), None)
+    if root is None:
+        return False
+    group = root.partition(".")[0]
+    beside = (p for p in found if p.startswith(f"{group}.") and not _is_below(p, root))
+    return any(found[p] == found[path] for p in beside)
+
+
+def _is_below(path: str, root: str) -> bool:
+    return path.startswith(f"{root}.")
 
 
 def fields_of(leaves: Mapping[str, Sequence[Any]]) -> tuple[Field, ...]:

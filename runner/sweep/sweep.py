@@ -84,6 +84,12 @@ class Sweep:
         return {status: counts[status] for status in Status if counts[status]}
 
     @property
+    def of_train(self) -> str:
+        """The objective over rows to train on; empty where no job evaluated them."""
+        name = f"train_{self.metric}"
+        return name if any(value_of(j, name) is not None for j in self.jobs) else ""
+
+    @property
     def repeats(self) -> int:
         """Jobs of the largest group."""
         return max((len(group.jobs) for group in self.groups), default=0)
