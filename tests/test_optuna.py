@@ -6,6 +6,7 @@ Most searches here have a launcher that computes the objective itself.
 
 import json
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -197,6 +198,20 @@ def test_batches_go_to_the_launcher(search: Any) -> None:
         job = launcher.jobs[trial.number]
         assert job == {RATE: str(trial.params[RATE]), "train.steps": "3"}
         assert trial.value == by_rate(job, 0)
+
+
+def test_a_launcher_may_fork(search: Any, tmp_path: Path) -> None:
+    """SQLite's connections must not be carried into another process."""
+    seen: list[bool] = []
+
+    def look(values: dict[str, str], number: int) -> float:
+        files = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+        seen.append(str(tmp_path / "s" / "study.db") in files)
+        return by_rate(values, number)
+
+    _, study = search(LOG, objective=look)
+    assert seen == [False] * 6
+    assert [trial.state for trial in study.trials] == [COMPLETE] * 6
 
 
 def test_what_is_no_number_is_a_failed_trial(search: Any) -> None:

@@ -24,7 +24,7 @@ from runner.sweep.objective import direction_of
 from runner.sweep.study import PRUNED, import_optuna, sweep_directory
 
 from ._space import Space, parse_space
-from ._study import alone, make, open_study, quiet_optuna
+from ._study import alone, disconnect, make, open_study, quiet_optuna
 
 __all__ = ["check_options", "search"]
 
@@ -230,6 +230,7 @@ class _Search:
     def _launch(self, overrides: list[tuple[str, ...]], first: int) -> Sequence[Any]:
         """What the launcher returns; nothing where it gives up for a job's sake."""
         self.sweeper.validate_batch_is_legal(overrides)
+        disconnect(self.study)
         try:
             return self.sweeper.launcher.launch(overrides, initial_job_idx=first)
         except Exception as error:  # of a launcher that raises what a job did

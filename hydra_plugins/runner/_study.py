@@ -15,7 +15,7 @@ from hydra.utils import get_class
 from runner.errors import ConfigError
 from runner.sweep.study import import_optuna, storage_of, study_name_of
 
-__all__ = ["alone", "make", "open_study", "quiet_optuna"]
+__all__ = ["alone", "disconnect", "make", "open_study", "quiet_optuna"]
 
 
 def open_study(config: Any, direction: str) -> Any:
@@ -51,6 +51,18 @@ def open_study(config: Any, direction: str) -> Any:
             fix="Set hydra.sweep.dir to a new directory",
         )
     return study
+
+
+def disconnect(study: Any) -> None:
+    """Closes its connections: a fork must not inherit one to SQLite.
+
+    The next question opens another one.
+    https://www.sqlite.org/howtocorrupt.html, section 2.6
+    """
+    backend = getattr(study._storage, "_backend", study._storage)
+    if (engine := getattr(backend, "engine", None)) is not None:
+        backend.remove_session()
+        engine.dispose()
 
 
 def make(node: Any, *, path: str) -> Any:
