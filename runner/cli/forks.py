@@ -177,8 +177,9 @@ def _be_child(share: Share, directory: Path, *, returns: int, life: int) -> NoRe
     except SystemExit as left:
         code = left.code if isinstance(left.code, int) else 1
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        with contextlib.suppress(OSError, ValueError):  # closed, by whoever read it
+            sys.stdout.flush()
+            sys.stderr.flush()
         os._exit(code)  # what the parent does at its end is not ours to do
 
 
