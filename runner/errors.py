@@ -11,6 +11,7 @@ RunnerError                 a user's mistake, told in one line; exit code 2
     AlteredRecordError      a file of a record that is not the one that was written
   HazardsRefusedError       a program with key hazards; exit code 1 (2: see there)
   RunFailedError            a run that could not go on; exit code 1
+    StoppedError            one that its user stopped
 """
 
 import difflib
@@ -26,6 +27,7 @@ __all__ = [
     "RecordError",
     "RunFailedError",
     "RunnerError",
+    "StoppedError",
     "TargetError",
     "UnknownStreamError",
     "UntrustedTargetError",
@@ -127,6 +129,10 @@ class RunFailedError(RunnerError):
     """A run that stopped before its end; its record says where and why."""
 
     exit_code = 1
+
+
+class StoppedError(RunFailedError):
+    """A run that its user stopped, before it began or after."""
 
 
 def in_one_line(error: BaseException) -> str:

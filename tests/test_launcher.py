@@ -282,9 +282,10 @@ def test_a_killed_sweep_goes_on_where_it_was(
 def test_ctrl_c_saves_every_lane(
     user_env: dict[str, str], tmp_path: Path, runner: Any
 ) -> None:
-    words = ("-m", *SHORT, "train.steps=2000000000", "seed=0,1", LANES)
+    words = ("-m", *SHORT, "train.steps=2000000000", "seed=0,1,2", LANES)
+    options = ("hydra.sweep.dir=s", "hydra.launcher.max_lanes=2")
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "runner", *words, "hydra.sweep.dir=s"],
+        [sys.executable, "-m", "runner", *words, *options],
         cwd=tmp_path,
         env=user_env,
         stdout=subprocess.PIPE,
@@ -300,7 +301,12 @@ def test_ctrl_c_saves_every_lane(
         sweep.kill()
     assert (sweep.returncode, "Traceback" in err) == (130, False)
     found = manifests(tmp_path / "s")
-    assert {each["status"] for each in found.values()} == {"interrupted"}
+    assert {n: each["status"] for n, each in found.items()} == dict.fromkeys(
+        (0, 1), "interrupted"
+    )
+    jobs = json.loads((tmp_path / "s" / "sweep.json").read_text())["jobs"]
+    said = [(job["status"], job["reason"]) for job in jobs]
+    assert said[2] == ("interrupted", "before it began")
 
 
 # --- bad input

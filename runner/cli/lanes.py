@@ -27,7 +27,7 @@ from runner.cli.running import INTERRUPTED, refuse_processes, stop_on_signals
 from runner.cli.sweep import Sweeps
 from runner.cli.training import train_job
 from runner.determinism import settle_backend
-from runner.errors import RunFailedError, in_one_line
+from runner.errors import RunFailedError, StoppedError, in_one_line
 from runner.lanes.mode import Mode, Options
 
 if TYPE_CHECKING:
@@ -227,9 +227,7 @@ class _Sweep:
             returned.return_value = result
         elif result is None or (result.status == "interrupted" and not job.is_pruned):
             self.is_interrupted = True
-            returned.return_value = RunFailedError(
-                f"run: stopped. See {job.directory}."
-            )
+            returned.return_value = StoppedError(f"run: stopped. See {job.directory}.")
         elif result.status == "failed":
             text = f"run: {result.reason}. See {job.directory}."
             returned.return_value = RunFailedError(text)

@@ -26,6 +26,7 @@ from runner.errors import (
     RecordError,
     RunFailedError,
     RunnerError,
+    StoppedError,
     printable,
 )
 from runner.records.files import write_atomically
@@ -58,12 +59,14 @@ class Sweeps(Callback):
         is_recorded = (directory / "run.json").exists()
         if job_return.status is not JobStatus.FAILED or is_recorded:
             return
-        from runner.sweep.jobs import FAILURE
+        from runner.sweep.jobs import FAILURE, Status
 
         error = job_return._return_value
-        reason = blot(" ".join(str(error).split()) or type(error).__name__)
+        said = {"reason": blot(" ".join(str(error).split()) or type(error).__name__)}
+        if isinstance(error, StoppedError):
+            said = {"reason": "before it began", "status": Status.INTERRUPTED}
         with contextlib.suppress(OSError):  # the sweep goes on
-            write_atomically(directory / FAILURE, json.dumps({"reason": reason}) + "\n")
+            write_atomically(directory / FAILURE, json.dumps(said) + "\n")
 
 
 @contextlib.contextmanager

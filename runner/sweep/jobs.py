@@ -143,9 +143,10 @@ def _unrecorded(directory: Path, label: str) -> Job:
     try:
         failure = read_plain_json(_read_small(directory / FAILURE), name=FAILURE)
         reason = str(failure["reason"])
-    except (RecordError, OSError, LookupError, TypeError) as error:
-        reason = f"{FAILURE} can't be read ({error!r})"
-    return Job(label, directory, Status.FAILED, reason)
+        status = Status(failure.get("status", Status.FAILED))
+    except (RecordError, OSError, LookupError, TypeError, ValueError) as error:
+        status, reason = Status.FAILED, f"{FAILURE} can't be read ({error!r})"
+    return Job(label, directory, status, reason)
 
 
 def _unfinished(directory: Path, when: str) -> tuple[Status, str]:
