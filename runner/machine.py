@@ -18,6 +18,7 @@ __all__ = [
     "Vector",
     "count_cores",
     "forced_devices",
+    "free_memory",
     "is_on",
     "parse_flags",
     "read_cpu_model",
@@ -32,6 +33,8 @@ _FORCED = "xla_force_host_platform_device_count"
 MOST_THREADS = 256  # of XLA's own; a larger NPROC gives no more
 _INTEGER = re.compile(r"\s*[+-]?\d{1,12}\s*")
 _CPUINFO = Path("/proc/cpuinfo")
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")  # ours, as a container sees it
 
 
 class Vector(StrEnum):
@@ -85,6 +88,22 @@ def count_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that programs may still take: of the machine, or of our control group.
+
+    What the kernel would give up for them, such as its cache of files, is free.
+    """
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    try:
+        if found := re.search(r"MemAvailable:\s+(\d+) kB", _MEMINFO.read_text()):
+            free = int(found.group(1)) * 1024
+        most, used = ((_CGROUP / f"memory.{n}").read_text() for n in ("max", "current"))
+        free = min(free, int(most) - int(used))
+    except (OSError, ValueError):  # elsewhere than on Linux; "max" is no bound
+        pass
+    return max(free, 0)
 
 
 def forced_devices() -> int:

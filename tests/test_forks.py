@@ -91,7 +91,7 @@ def test_lanes_are_those_of_one_process(runner: Any, tmp_path: Path) -> None:
         assert done.stdout.splitlines()[-1] == f"p{count}"
         last[count] = done.stderr.splitlines()[-1]
         found[count] = manifests(tmp_path / f"p{count}")
-    assert "sweep: 2 jobs failed: 0 (model.dropout_rate: must be" in last[1]
+    assert "sweep: 2 jobs failed: 0, 3 (model.dropout_rate: must be" in last[1]
     assert last[2] == last[1].replace("p1", "p2")
     assert list(found[2]) == list(found[1]) == [1, 2, 4, 5]
     for number, lane in found[2].items():
@@ -140,6 +140,33 @@ def test_a_signal_saves_every_lane(sweep: Any, tmp_path: Path, to: str) -> None:
 
 
 @in_forks
+def test_a_second_signal_ends_it_at_once(sweep: Any, tmp_path: Path) -> None:
+    for child in children_of(sweep.pid):
+        os.kill(child, signal.SIGSTOP)  # so that they can't save
+    for _ in range(2):
+        sweep.terminate()
+        time.sleep(1.5)
+    _, said = sweep.communicate(timeout=30)
+    assert (sweep.returncode, "Traceback" in said) == (130, False), said
+    found = manifests(tmp_path / "s")
+    assert {found[n]["status"] for n in (0, 2)} == {"running"}
+
+
+@in_forks
+def test_a_sweep_is_launched_once_at_a_time(
+    sweep: Any, runner: Any, tmp_path: Path
+) -> None:
+    for child in children_of(sweep.pid):
+        os.kill(child, signal.SIGSTOP)  # it takes as long as the test needs
+    second = runner(*LONG)
+    assert second.returncode == 2
+    says = "hydra.sweep.dir: another process runs this sweep (got 's'). Wait for it"
+    assert says in second.stderr.splitlines()[-1]
+    assert not list((tmp_path / "s").glob("*/failure.json"))
+    assert sweep.poll() is None
+
+
+@in_forks
 def test_nobody_runs_on_for_a_parent_that_is_gone(sweep: Any, tmp_path: Path) -> None:
     children = children_of(sweep.pid)
     sweep.kill()
@@ -151,19 +178,32 @@ def test_nobody_runs_on_for_a_parent_that_is_gone(sweep: Any, tmp_path: Path) ->
 
 
 def test_processes_are_as_many_as_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    def count(lanes: int, asked: int | None = None) -> int:
+        return count_processes(lanes, asked=asked)
+
+    packages = set[str]()
+    monkeypatch.setattr(forks, "find_spec", lambda name: name in packages or None)
+    monkeypatch.setattr(forks, "entry_points", lambda **_: [])
     monkeypatch.setattr(forks, "has_backend", lambda: False)
     monkeypatch.setattr(forks, "count_cores", lambda: 4)
-    monkeypatch.setattr(forks, "_free_bytes", lambda: 2**40)
+    monkeypatch.setattr(forks, "free_memory", lambda: 2**40)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert [count(n) for n in (1, 31, 32, 64, 1000)] == [1, 1, 2, 4, 4]
+    assert (count(8, 3), count(2, 3), count(1000, 1)) == (3, 2, 1)
+    packages.add("libtpu")
+    assert (count(1000), count(1000, 2)) == (1, 2)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert [count_processes(n) for n in (1, 31, 32, 64, 1000)] == [1, 1, 2, 4, 4]
-    monkeypatch.setattr(forks, "_free_bytes", lambda: 3 * 2**30)
-    assert count_processes(1000) == 3
+    assert count(1000) == 4
+    monkeypatch.setattr(forks, "free_memory", lambda: 3 * 2**30)
+    assert count(1000) == 3
     monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
-    assert count_processes(1000) == 1
-    monkeypatch.delenv("JAX_PLATFORMS")
-    monkeypatch.setattr(forks, "entry_points", lambda **_: ["xla_cuda13"])
-    assert count_processes(1000) == 1
-    monkeypatch.setattr(forks, "entry_points", lambda **_: [])
-    assert count_processes(1000) == 3
+    assert count(1000) == 1
+
+
+def test_no_process_is_forked_off_a_backend(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(forks, "has_backend", lambda: True)
-    assert count_processes(1000) == 1
+    assert (count_processes(1000, asked=None), caplog.text) == (1, "")
+    assert count_processes(1000, asked=2) == 1
+    assert "1, not 2, since JAX has a backend already" in caplog.text

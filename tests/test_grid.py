@@ -105,7 +105,9 @@ def test_an_invalid_job_is_named_first_and_stops_no_other(
         *(("completed", 0), ("completed", 1))
     ]
     (last,) = done.stderr.splitlines()
-    assert last.startswith("error: sweep: 2 jobs failed: 0 (model.dropout_rate: must")
+    assert last.startswith(
+        "error: sweep: 2 jobs failed: 0, 1 (model.dropout_rate: must"
+    )
 
 
 @pytest.mark.parametrize(("launcher_name", "overrides"), [("basic", [OURS])])

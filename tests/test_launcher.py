@@ -181,7 +181,7 @@ def test_all_that_fail_are_named_and_harm_no_other(runner: Any, tmp_path: Path) 
     assert ran.returncode == 1
     assert "Traceback" not in ran.stderr
     last = ran.stderr.splitlines()[-1]
-    assert last.startswith("error: sweep: 7 jobs failed: 0 (R007: seed")
+    assert last.startswith("error: sweep: 7 jobs failed: 0, 2 (R007: seed")
     listed = ran.stdout.split("not completed\n")[1].splitlines()[1:8]
     reasons = {int(line.split()[0]): line.split("failed", 1)[1] for line in listed}
     assert list(reasons) == [0, 1, 2, 3, 5, 6, 7]
@@ -261,7 +261,7 @@ def test_a_killed_sweep_goes_on_where_it_was(
     ended = {n: (where / str(n) / "run.json").read_bytes() for n in (0, 1)}
     ran = runner(*words)
     assert ran.returncode == 1
-    assert "error: sweep: 4 jobs failed: 1 (" in ran.stderr
+    assert "error: sweep: 4 jobs failed: 1, 3, 5, 7 (loss" in ran.stderr
     after = manifests(where)
     assert [after[n]["status"] for n in range(8)] == ["completed", "failed"] * 4
     assert {n: (where / str(n) / "run.json").read_bytes() for n in (0, 1)} == ended

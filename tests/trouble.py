@@ -242,7 +242,8 @@ def _faults_of_listing(trouble: Trouble, last: Any) -> Iterator[str]:
     line = last.stderr.rstrip("\n").rpartition("\n")[2]
     head, _, names = line.partition(" jobs failed: ")
     names = re.sub(r" \([^()]*(\([^()]*\)[^()]*)*\)", "", names)  # the reasons
-    if (head, names) != (f"error: sweep: {len(failing)}", f"{str(failing)[1:-1]}."):
+    named = sorted(map(int, re.findall(r"\d+", names)))
+    if (head, named) != (f"error: sweep: {len(failing)}", sorted(failing)):
         yield f"the last line of stderr does not name {failing}: {line}"
     said = [int(n) for n in re.findall(r"^ERROR: job (\d+) \(", last.stderr, re.M)]
     if len(said) > len({*said}) or {*said} - {*failing}:

@@ -28,6 +28,8 @@ from runner.cli.train import run_as_job
 from runner.errors import ConfigError
 from runner.lanes.mode import Options
 
+from ._refusing import refusing
+
 if TYPE_CHECKING:
     from hydra_plugins.runner.vectorized import VectorizedLauncher
 
@@ -56,7 +58,8 @@ def launch(
     jobs = dict(enumerate(job_overrides, start=first))
     over, options = _choose_over(launcher.over, launcher.options, len(jobs))
     if over is not None:
-        returned = launch_shares(*own, jobs, over=over, options=options)
+        with refusing(launcher.function):
+            returned = launch_shares(*own, jobs, over=over, options=options)
     else:
         _log.info("Launching %s jobs as lanes", len(jobs))
         returned = launch_lanes(*own, jobs, lanes=len(jobs), options=options)
@@ -103,10 +106,12 @@ def _choose_over(
     over: Launcher | None, options: Options, lanes: int
 ) -> tuple[Launcher | None, Options]:
     """What ships shares, here or elsewhere; None where this process runs all."""
-    most = options.max_lanes or lanes
-    processes = min(options.processes or count_processes(lanes), lanes, most)
-    if over is not None or processes == 1:
+    if over is not None:
         return over, options
+    most = options.max_lanes or lanes
+    processes = min(count_processes(lanes, asked=options.processes), most)
+    if processes == 1:
+        return None, replace(options, processes=None)
     return Forks(), replace(
         options,
         max_lanes=options.max_lanes and most // processes,

@@ -7,13 +7,16 @@ the CPU, each core has a process of its own, forked before JAX makes a backend.
 """
 
 import contextlib
+import logging
 import os
 import pickle
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -25,32 +28,47 @@ from omegaconf import DictConfig
 from runner.cli.running import INTERRUPTED
 from runner.cli.share import STOPS, Share, ShareTask, ended, portable
 from runner.determinism import has_backend
-from runner.machine import count_cores
+from runner.errors import RunFailedError
+from runner.machine import count_cores, free_memory
 from runner.sweep.jobs import SHARES
 
 __all__ = ["Forks", "count_processes"]
 
+_log = logging.getLogger("runner")
+
 _WORTH = 16  # lanes that repay the two seconds that a process takes to start
 _USERS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 1.0  # seconds after which a signal is another one
 _BYTES = 2**30  # of a process, before its lanes
 
 
-def count_processes(lanes: int) -> int:
-    """How many processes run lanes on this machine, where nobody says it."""
-    if sys.platform != "linux" or has_backend() or not _is_on_cpu():
+def count_processes(lanes: int, *, asked: int | None) -> int:
+    """How many processes run lanes on this machine.
+
+    Args:
+        lanes: How many there are.
+        asked: By the user; None finds out.
+    """
+    why = "JAX has a backend already" if has_backend() else ""
+    if sys.platform != "linux":
+        why = "forks are safe on Linux alone"
+    if why and (asked or 1) > 1:
+        _log.warning("hydra.launcher.processes: 1, not %s, since %s", asked, why)
+    if why or asked == 1:
         return 1
-    return max(1, min(count_cores(), lanes // _WORTH, _free_bytes() // _BYTES))
-
-
-def _free_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if asked is not None:
+        return min(asked, lanes)
+    if not _is_on_cpu():
+        return 1
+    return max(1, min(count_cores(), lanes // _WORTH, free_memory() // _BYTES))
 
 
 def _is_on_cpu() -> bool:
     """Whether JAX can only take the CPU, as far as is known before it looks."""
     if platforms := os.environ.get("JAX_PLATFORMS"):
         return platforms == "cpu"
-    return not entry_points(group="jax_plugins")
+    others = any(find_spec(name) for name in ("jax_plugins", "libtpu"))
+    return not others and not entry_points(group="jax_plugins")
 
 
 class Forks(Launcher):
@@ -84,14 +102,13 @@ class Forks(Launcher):
                 directory = self._root / str(next(iter(share.job_overrides)))
                 directory.mkdir(parents=True, exist_ok=True)
                 children.append(_Child(share, directory, life))
-            with _passing_on_signals(children):
+            with _passing_on_signals(children) as seen:
                 results = [child.wait() for child in children]
         finally:
             for end in life:
                 os.close(end)
-        for result in results:
-            if isinstance(result, SystemExit):
-                raise result
+        if seen:
+            raise SystemExit(INTERRUPTED)
         return [_returned(result) for result in results]
 
 
@@ -122,7 +139,7 @@ class _Child:
     def wait(self) -> Any:
         """What it sent, once it has ended; or an exception, which says why nothing."""
         sent: Any = None
-        with contextlib.suppress(EOFError), self._returns:
+        with contextlib.suppress(EOFError, pickle.UnpicklingError), self._returns:
             sent = pickle.load(self._returns)
         _, status = os.waitpid(self._pid, 0)
         self._has_ended = True
@@ -135,24 +152,31 @@ class _Child:
 
 
 @contextlib.contextmanager
-def _passing_on_signals(children: Sequence[_Child]) -> Iterator[None]:
-    """SIGINT and SIGTERM have the children save their lanes; a second one kills."""
-    seen: list[int] = []
+def _passing_on_signals(children: Sequence[_Child]) -> Iterator[list[float]]:
+    """SIGINT and SIGTERM have the children save their lanes; another one kills.
 
-    def tell(number: int, _: Any) -> None:
-        for child in children:
-            child.tell(signal.SIGKILL if seen else signal.SIGTERM)
-        seen.append(number)
+    Yields when they came. Two at a time, as `timeout` sends them, are one.
+    """
+    seen: list[float] = []
+
+    def tell(*_: Any) -> None:
+        now = time.monotonic()
+        if not seen or now - seen[0] > _AGAIN:
+            for child in children:
+                child.tell(signal.SIGKILL if seen else signal.SIGTERM)
+        seen.append(now)
 
     before = {number: signal.signal(number, tell) for number in _USERS}
     try:
-        yield
+        yield seen
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 def _returned(result: Any) -> JobReturn:
+    if isinstance(result, SystemExit):  # told so by somebody else than us
+        result = RunFailedError("its process was stopped")
     failed = isinstance(result, Exception)
     returned = JobReturn(status=JobStatus.FAILED if failed else JobStatus.COMPLETED)
     returned.return_value = result

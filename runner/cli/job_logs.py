@@ -45,6 +45,8 @@ class JobLogs(logging.Handler):
             if name not in files
         }
         configure_log(OmegaConf.create(content), config.hydra.verbose)
+        for handler in logging.getLogger().handlers:
+            handler.addFilter(_Once())
         for name in taking:
             logging.getLogger(name).addHandler(self)
 
@@ -60,6 +62,21 @@ class JobLogs(logging.Handler):
             self._of_thread.handlers = before
             for handler in handlers:
                 handler.close()
+
+
+class _Once(logging.Filter):
+    """Shows a warning once: lanes of one program have the same ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shown: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether it is shown; the log of each job has it in any case."""
+        text = record.getMessage()
+        is_known = record.levelno == logging.WARNING and text in self._shown
+        self._shown.add(text)
+        return not is_known
 
 
 def _logging_of(config: DictConfig) -> dict[str, Any]:

@@ -30,6 +30,10 @@ _KINDS = {
 _TWICE = re.compile(r"(\S+) appears more than once in the final defaults list")
 _NO_EQUALS = re.compile(r"Error parsing override '([^']*)'\s+missing EQUAL")
 _LAUNCHER = re.compile(r"Could not (?:find|load) 'hydra/launcher/(\w+)'")
+_OF_LANES = tuple(
+    f"hydra.launcher.{name}"
+    for name in ("mode", "max_lanes", "processes", "lanes_per_job")
+)
 _OVER = "hydra/launcher/over"
 _EXTRAS = {  # of pyproject.toml, by the launchers that they bring
     "joblib": "joblib",
@@ -116,6 +120,9 @@ def _unknown_key(path: str, args: list[str]) -> ConfigError:
         return ConfigError(path, "no recipe to replace", fix=f"Add one: +{given}")
     if path == _OVER:
         rule = "ships the lanes of hydra/launcher=vectorized, which is not there"
+        return ConfigError(path, rule, fix="Add hydra/launcher=vectorized")
+    if path in _OF_LANES and "hydra/launcher=vectorized" not in args:
+        rule = "is of hydra/launcher=vectorized, which is not there"
         return ConfigError(path, rule, fix="Add hydra/launcher=vectorized")
     known = _keys_at(parent, args)
     if leaf in known:  # a mapping, given keys that it does not have

@@ -157,7 +157,7 @@ class _Process:
         before = signal.signal(signal.SIGINT, signal.SIG_IGN)
         try:
             return pickle.load(self._returns)
-        except EOFError:
+        except (EOFError, pickle.UnpicklingError):
             raise ended(self._child.wait()) from None
         except BaseException:  # raised by a signal: the launcher's, or Ctrl-C
             self._child.terminate()

@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from runner.cli.composing import plain_loader
 from runner.cli.jobs import Job, compose_job
@@ -58,20 +59,21 @@ def launch_shares(
         options: `hydra.launcher`.
 
     Raises:
+        RecordError: another process runs shares of it.
         SystemExit: the user stopped it.
     """
     lanes, where = len(job_overrides), str(Path.cwd())
+    root = Path(str(master.hydra.sweep.dir)).absolute()
+    _refuse_second(root, said=str(master.hydra.sweep.dir))
     sent = HydraContext(plain_loader(context.config_loader), context.callbacks)
-    cut = cut_shares(job_overrides, size=_size(lanes, master, options))
+    options = _with_processes(options, lanes, master)
+    cut = cut_shares(job_overrides, size=_size(lanes, options))
     shares = tuple(
         Share(sent, function, master, each, lanes, options, where) for each in cut
     )
-    root = Path(str(master.hydra.sweep.dir)).absolute()
     bare = HydraContext(sent.config_loader, Callbacks())  # a share is no job
     over.setup(hydra_context=bare, task_function=ShareTask(shares), config=master)
     _log.info("Launching %s jobs in %s shares", lanes, len(shares))
-    for number, share in enumerate(shares):
-        _log.info("\t#%s : jobs %s", number, " ".join(map(str, share.job_overrides)))
     returned = _launch(over, [_own(root, share) for share in shares], root)
     found: dict[int, JobReturn] = {}
     for share, each in zip(shares, returned, strict=True):
@@ -105,16 +107,22 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _size(lanes: int, master: DictConfig, options: Options) -> int:
-    """Jobs of a share: as told, or so that all shares run at a time; else all."""
-    if options.lanes_per_job is not None:
-        return options.lanes_per_job
-    at_once = master.hydra.launcher.over.get("n_jobs")  # joblib alone has one
+def _with_processes(options: Options, lanes: int, master: DictConfig) -> Options:
+    """With how many shares this machine runs at a time, where that is known."""
+    at_once = OmegaConf.select(master, "hydra.launcher.over.n_jobs")  # of joblib alone
     if at_once is None:
-        return lanes
+        return options
     import joblib
 
-    return math.ceil(lanes / joblib.effective_n_jobs(int(at_once)))
+    most = (
+        lanes if options.lanes_per_job is None else -(-lanes // options.lanes_per_job)
+    )
+    return replace(options, processes=min(joblib.effective_n_jobs(int(at_once)), most))
+
+
+def _size(lanes: int, options: Options) -> int:
+    """Jobs of a share: as told, or so that all shares run at a time; else all."""
+    return options.lanes_per_job or math.ceil(lanes / (options.processes or 1))
 
 
 def _own(root: Path, share: Share) -> list[str]:
@@ -178,6 +186,21 @@ def _await_shares(root: Path, *, quiet: float, seconds: float = math.inf) -> Non
             seen = time.monotonic()
         time.sleep(0.2)
         now = time.monotonic()
+
+
+def _refuse_second(root: Path, *, said: str) -> None:
+    """Shares that were told to stop may take a while.
+
+    Raises:
+        RecordError: another process runs some.
+    """
+    end = time.monotonic() + _SAVING
+    while any(_runs(share) for share in (root / SHARES).glob("*")):
+        if time.monotonic() > end:
+            what = "another process runs this sweep"
+            fix = "Wait for it, or stop it"
+            raise RecordError(f"hydra.sweep.dir: {what} (got {said!r}). {fix}.")
+        time.sleep(0.1)
 
 
 def _runs(share: Path) -> bool:

@@ -38,7 +38,7 @@ __all__ = ["Sweeps", "concluding_sweep"]
 
 _SHOWN = 20  # rows of a table; sweep.csv has all
 _GOOD = ("completed", "running")
-_NAMED = 5  # failed jobs whose reason stands in the last line
+_NAMED = 5  # reasons that stand in the last line
 
 
 class Sweeps(Callback):
@@ -136,8 +136,12 @@ def _failure(failed: "Sequence[Job]", error: Exception) -> RunFailedError:
         failed: The jobs.
         error: Of the first of them; said where no record does.
     """
-    said = [f"{job.label} ({_why(job)})" for job in failed[:_NAMED]]
-    said += [job.label for job in failed[_NAMED:]]
+    alike: dict[str, list[str]] = {}
+    for job in failed:
+        alike.setdefault(_why(job), []).append(job.label)
+    names = [", ".join(labels) for labels in alike.values()]
+    said = [f"{n} ({why})" for n, why in zip(names, alike, strict=True)]
+    said = [*said[:_NAMED], *names[_NAMED:]]
     count = f"{len(failed)} jobs" if len(failed) > 1 else "a job"
     verb = "failed" if all(job.status == "failed" for job in failed) else "did not end"
     known = any(job.reason.rstrip(".") in str(error) for job in failed if job.reason)

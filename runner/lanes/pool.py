@@ -6,8 +6,8 @@ cores train at a time, each by the very calls that a run alone makes: on the sam
 device, with the same pool of threads. Their bits are those of the run alone.
 """
 
+import contextlib
 import math
-import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 
 import jax
 
-from runner.machine import count_cores
+from runner.machine import count_cores, free_memory
 
 __all__ = ["count_workers", "free_bytes", "run_beside"]
 
 T = TypeVar("T")
+_SPELL = 0.5  # seconds
 _STATES = 4  # in memory for a lane: its own, its gradients, a copy to be saved, room
 
 
@@ -47,7 +48,7 @@ def free_bytes(processes: int = 1) -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0)) // processes
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // processes
+    return free_memory() // processes
 
 
 def run_beside(
@@ -66,7 +67,14 @@ def run_beside(
         for batch in batches:
             pool.submit(_run_batch, batch, ended)
         for _ in range(sum(map(len, batches))):
-            yield ended.get()
+            yield _get(ended)
+
+
+def _get(ended: "queue.SimpleQueue[Any]") -> Any:
+    """Waits in short spells: a signal that came to another thread is seen to then."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return ended.get(timeout=_SPELL)
 
 
 def _run_batch(
