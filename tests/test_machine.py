@@ -12,6 +12,7 @@ from runner import machine
 from runner.machine import (
     Vector,
     forced_devices,
+    free_memory,
     is_on,
     parse_flags,
     read_cpu_model,
@@ -175,3 +176,20 @@ def test_widths_are_in_order() -> None:
         assert not a.is_narrower(Vector.NEON)
         assert not Vector.UNKNOWN.is_narrower(a)
     assert [spell_isa(v) for v in order] == ["SSE4_2", "AVX", "AVX2", None]
+
+
+def test_memory_that_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's cache of files is; what the control group does not allow is not."""
+    monkeypatch.setattr(machine, "_MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert free_memory() > 0  # of a system without either
+    text = "MemFree:  100 kB\nMemAvailable:  9000 kB\n"
+    (tmp_path / "meminfo").write_text(text)
+    assert free_memory() == 9000 * 1024
+    (tmp_path / "memory.current").write_text("1000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert free_memory() == 9000 * 1024
+    (tmp_path / "memory.max").write_text("5000\n")
+    assert free_memory() == 4000
+    (tmp_path / "memory.max").write_text("500\n")
+    assert free_memory() == 0

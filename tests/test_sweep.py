@@ -335,6 +335,7 @@ def test_what_is_drawn_of_one_field(forge: Forge) -> None:
     page = make_page(collect_runs([str(sweep.directory)]))
     assert "accuracy by model.dropout_rate" in page
     assert "eval accuracy by model.dropout_rate, mean and deviation" in page
+    assert "<summary>3: model.dropout_rate=0.2 seed=1</summary>" in page
 
 
 def test_rows_to_train_on_stand_beside(forge: Forge) -> None:

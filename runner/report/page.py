@@ -19,7 +19,8 @@ from runner.report.elements import (
     words,
 )
 from runner.report.sweep_charts import curves_by_value, heat_map, parallel, points
-from runner.report.sweep_tables import jobs_table, sweep_tables
+from runner.report.sweep_tables import jobs_table, setting_of, sweep_tables
+from runner.sweep.sweep import Sweep
 
 __all__ = ["make_page"]
 
@@ -103,10 +104,17 @@ def _body(runs: Runs) -> Iterator[str]:
         yield table(runs_table(runs.read))
     if 1 < len(runs.read) <= _TOGETHER or (runs.read and not runs.is_a_sweep):
         yield figures(map(chart, _shared_charts(runs.read)))
+    settings = _settings(runs.sweeps[0].sweep) if runs.is_a_sweep else {}
     for i, run in enumerate(runs.read):
         drawn = figures(map(chart, _own_charts(run))) if i < _DRAWN else ""
         inner = "\n".join([drawn, *map(table, run.tables)])
-        yield section(run.label, inner, folded=runs.is_a_sweep)
+        title = settings.get(run.label, run.label)
+        yield section(title, inner, folded=runs.is_a_sweep)
+
+
+def _settings(sweep: Sweep) -> dict[str, str]:
+    """Titles of jobs, by their labels."""
+    return {job.label: f"{job.label}: {setting_of(job, sweep)}" for job in sweep.jobs}
 
 
 def _sweep(each: SweepRuns, *, is_named: bool) -> Iterator[str]:

@@ -7,10 +7,16 @@ from typing import Any
 
 from runner.report.table import Table, Weight, make_table, spell
 from runner.sweep.fields import ABSENT
-from runner.sweep.jobs import Status
+from runner.sweep.jobs import Job, Status
 from runner.sweep.sweep import Group, Sweep, value_of
 
-__all__ = ["groups_table", "jobs_table", "sweep_tables", "unfinished_table"]
+__all__ = [
+    "groups_table",
+    "jobs_table",
+    "setting_of",
+    "sweep_tables",
+    "unfinished_table",
+]
 
 _COLUMNS = 8  # leaves that get a column
 
@@ -123,11 +129,16 @@ def _facts(sweep: Sweep) -> Iterator[tuple[str, Any]]:
             yield f"with {field.path}", ", ".join(field.others)
     best = sweep.best
     if best is not None:
-        said = [f"{path}={_cell(best.leaves or {}, path)}" for path in sweep.leaves]
         value = _number(value_of(best, sweep.metric))
         yield "best job", f"{best.label}: {sweep.metric} {value}"
-        yield "it has", " ".join(said[:_COLUMNS])
+        yield "it has", setting_of(best, sweep)
         yield "repeat it", sweep.command
+
+
+def setting_of(job: Job, sweep: Sweep) -> str:
+    """What a job has that others of its sweep have not, in a few words."""
+    said = [f"{path}={_cell(job.leaves or {}, path)}" for path in sweep.leaves]
+    return " ".join(said[:_COLUMNS])
 
 
 def _columns(paths: Iterable[str]) -> tuple[list[str], int]:
