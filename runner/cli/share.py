@@ -31,7 +31,7 @@ from runner.cli.running import INTERRUPTED
 from runner.errors import RecordError, RunFailedError, in_one_line
 from runner.lanes.mode import Options
 
-__all__ = ["Share", "ShareTask", "work"]
+__all__ = ["STOPS", "Share", "ShareTask", "ended", "portable", "work"]
 
 _log = logging.getLogger("runner")
 _START = (  # of another process, that imports what this one does
