@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 _BEFORE = dict(os.environ)
@@ -119,3 +120,18 @@ def pool_sensitive_overrides() -> list[str]:
     """
     small = ["data.batch_size=1400", "model.features=[32]", "train.steps=3"]
     return ["+experiment=dropout", *small, "sinks=none"]
+
+
+@pytest.fixture
+def small_mnist(tmp_path: Path) -> list[str]:
+    """Overrides that name a small relative of MNIST."""
+    draw = np.random.default_rng(0)
+    for part, rows in (("train", 60), ("t10k", 20)):
+        for kind, shape in (("images-idx3", (rows, 4, 4)), ("labels-idx1", (rows,))):
+            array = draw.integers(0, 10, size=shape, dtype=np.uint8)
+            head = bytes([0, 0, 8, array.ndim])
+            sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
+            path = tmp_path / f"{part}-{kind}-ubyte"
+            path.write_bytes(head + sizes + array.tobytes())
+    small = ["data.train_rows=50", "data.batch_size=10", "train.steps=2"]
+    return [f"data.path={tmp_path}", *small]

@@ -1136,12 +1136,14 @@ def table(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", SHIPPED)
 @pytest.mark.promotes  # optax's Adam
 def test_an_experiment_has_the_hazards_that_its_header_names(
-    name: str, compose_config: Any, table: Path
+    name: str, compose_config: Any, table: Path, small_mnist: list[str]
 ) -> None:
     text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
     header = " ".join(re.findall(r"^# .*", text, flags=re.MULTILINE))
-    needs = [f"data.path={table}", "data.target=y"] if name == "regression" else []
-    config = compose_config(f"+experiment={name}", *needs)
+    needs = {"regression": [f"data.path={table}", "data.target=y"]}
+    if name.startswith("paper/"):
+        needs[name] = small_mnist
+    config = compose_config(f"+experiment={name}", *needs.get(name, ()))
     found = find_hazards(compile_run(parse_spec(config)))
     assert {hazard.code for hazard in found} == set(re.findall(r"R0\d\d", header))
 

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from runner.compile import compile_run
@@ -20,39 +19,26 @@ MNIST = REAL / "mnist"
 OFF = ("0.0", "null")
 
 
-@pytest.fixture
-def files(tmp_path: Path) -> list[str]:
-    """Overrides that name a small relative of MNIST."""
-    draw = np.random.default_rng(0)
-    for part, rows in (("train", 60), ("t10k", 20)):
-        for kind, shape in (("images-idx3", (rows, 4, 4)), ("labels-idx1", (rows,))):
-            array = draw.integers(0, 10, size=shape, dtype=np.uint8)
-            head = bytes([0, 0, 8, array.ndim])
-            sizes = b"".join(n.to_bytes(4, "big") for n in array.shape)
-            path = tmp_path / f"{part}-{kind}-ubyte"
-            path.write_bytes(head + sizes + array.tobytes())
-    small = ["data.train_rows=50", "data.batch_size=10", "train.steps=2"]
-    return [f"data.path={tmp_path}", *small]
-
-
 @pytest.mark.promotes
 @pytest.mark.parametrize("name", ["dropout_rate", "regularisers"])
-def test_each_is_a_run_alone(name: str, make_spec: Any, files: list[str]) -> None:
-    program = compile_run(make_spec(f"+experiment=paper/{name}", *files))
+def test_each_is_a_run_alone(name: str, make_spec: Any, small_mnist: list[str]) -> None:
+    program = compile_run(make_spec(f"+experiment=paper/{name}", *small_mnist))
     assert isinstance(program, Program)
     assert program.eval_sets == {"": range(20), "train_": range(20, 70)}
     assert program.baked == ()
 
 
-def test_rates_share_a_program(runner: Any, files: list[str]) -> None:
-    done = runner("plan", "-m", "+experiment=paper/dropout_rate", *files)
+def test_rates_share_a_program(runner: Any, small_mnist: list[str]) -> None:
+    done = runner("plan", "-m", "+experiment=paper/dropout_rate", *small_mnist)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("30 jobs, 1 compiled program\n")
 
 
-def test_regularisers_are_the_rows_of_a_table(runner: Any, files: list[str]) -> None:
+def test_regularisers_are_the_rows_of_a_table(
+    runner: Any, small_mnist: list[str]
+) -> None:
     once = "hydra.sweeper.repeats=1"
-    done = runner("-m", "+experiment=paper/regularisers", *files, once)
+    done = runner("-m", "+experiment=paper/regularisers", *small_mnist, once)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     at = lines.index("accuracy, the best first")
