@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import yaml
+from waiting import wait_for
 
 import runner.cli
 from runner import CONF_DIR
@@ -121,15 +121,6 @@ def tree(directory: Path) -> list[str]:
     """Everything below a directory, but for what Python caches."""
     paths = sorted(str(p.relative_to(directory)) for p in directory.rglob("*"))
     return [p for p in paths if "__pycache__" not in p]
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def restore(directory: Path) -> tuple[int, Any]:

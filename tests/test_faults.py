@@ -9,11 +9,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from waiting import wait_for
 
 from runner.errors import RecordError
 from runner.records.digests import digest_plain
@@ -39,15 +38,6 @@ def start(env: dict[str, str], cwd: Path, *args: str) -> "subprocess.Popen[str]"
         stderr=subprocess.PIPE,
         text=True,
     )
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.002)
-    raise AssertionError("waited in vain")
 
 
 def find(cwd: Path, pattern: str) -> Path | None:

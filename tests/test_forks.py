@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hydra.launcher.processes`: lanes in several processes of this machine."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import manifests, wait_for
 
 from runner.cli import forks
 from runner.cli.forks import count_processes
@@ -25,20 +24,6 @@ LONG = (
     *(*SWEEP, "seed=range(4)", "train.steps=20000", "checkpoint.every=100000"),
     *("hydra.launcher.max_lanes=2", "hydra.launcher.processes=2"),
 )
-
-
-def manifests(sweep: Path) -> dict[int, dict[str, Any]]:
-    found = {int(path.parent.name): path for path in sweep.glob("*/run.json")}
-    return {n: json.loads(path.read_text()) for n, path in sorted(found.items())}
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def children_of(pid: int) -> list[int]:

@@ -7,8 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
+from waiting import manifests, wait_for
 
 from runner import CONF_DIR
 from runner.cli.composing import compose_once
@@ -29,12 +28,6 @@ SHORT = (
 )
 of_sweeps = pytest.mark.xdist_group("lanes")
 RECORD = ("metrics.jsonl", "states.jsonl", "keys/ledger.json", "config.yaml")
-
-
-def manifests(sweep: Path) -> dict[int, dict[str, Any]]:
-    """`run.json` of each job, by its number."""
-    found = {int(path.parent.name): path for path in sweep.glob("*/run.json")}
-    return {n: json.loads(path.read_text()) for n, path in sorted(found.items())}
 
 
 # --- what a lane leaves behind
@@ -219,15 +212,6 @@ def test_other_generators_are_not_for_vmap(runner: Any, tmp_path: Path) -> None:
 
 
 # --- sweeps that are launched again
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def test_a_killed_sweep_goes_on_where_it_was(

@@ -8,7 +8,6 @@ ends it is done here, by launchers that need no cluster.
 import contextlib
 import fcntl
 import importlib.util
-import json
 import os
 import pickle
 import re
@@ -16,12 +15,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import manifests, wait_for
 
 from runner.cli import shares
 from runner.cli.share import ended, portable
@@ -50,11 +48,6 @@ def over(name: str) -> tuple[str, ...]:
     if importlib.util.find_spec(module) is None:
         pytest.skip(f"needs the extra: pip install .[{name.partition('_')[0]}]")
     return f"hydra/launcher/over={name}", option
-
-
-def manifests(sweep: Path) -> dict[int, dict[str, Any]]:
-    found = {int(path.parent.name): path for path in sweep.glob("*/run.json")}
-    return {n: json.loads(path.read_text()) for n, path in sorted(found.items())}
 
 
 def share_pid(sweep: Path, share: int) -> int:
@@ -111,15 +104,6 @@ def test_lanes_are_those_of_one_process(
 # --- shares that are ended from outside
 
 LONG = (*SHORT, "checkpoint.every=100", "hydra.launcher.max_lanes=1")
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 90) -> Any:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if found := condition():
-            return found
-        time.sleep(0.02)
-    raise AssertionError("waited in vain")
 
 
 def launch(*words: str, where: Path, env: dict[str, str]) -> "subprocess.Popen[str]":
