@@ -11,7 +11,8 @@ def test_a_sweep_in_trouble_is_killed_and_goes_on(
 ) -> None:
     """Nothing is lost or run twice, and all that failed is named."""
     trouble = plan(tmp_path / "t", jobs=14, raising=2, nan=1)
-    words = trouble.launched("hydra/launcher=vectorized")
+    one = "hydra.launcher.processes=1"
+    words = trouble.launched("hydra/launcher=vectorized", one)
     killed = launch(trouble, words, user_env)
     before = manifests(trouble)
     last = launch(trouble, words, user_env)

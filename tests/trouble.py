@@ -225,7 +225,8 @@ def faults_of(
 def _faults_of_launches(
     trouble: Trouble, killed: Any, before: Mapping[int, Any], last: Any
 ) -> Iterator[str]:
-    if killed.returncode != -signal.SIGKILL:
+    alone = "hydra.launcher.processes=1" in killed.args  # else others live on
+    if killed.returncode != (-signal.SIGKILL if alone else 1):
         yield f"the first launch ended with {killed.returncode}: {killed.stderr}"
     if last.returncode != 1:
         yield f"the last launch ended with {last.returncode}: {last.stderr}"
@@ -302,6 +303,7 @@ def main() -> int:
     parser.add_argument("--nan", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0, help="of who gets into trouble")
     parser.add_argument("--alone", type=int, default=5, help="jobs to run alone, too")
+    parser.add_argument("--processes", type=int, default=1, help="that run lanes")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="runner-trouble-"))
     hidden = ("JAX_", "WANDB_", "XLA_")
@@ -311,7 +313,8 @@ def main() -> int:
         folder / "sweep",
         **{name: getattr(options, name) for name in ("jobs", "raising", "nan", "seed")},
     )
-    words = trouble.launched("hydra/launcher=vectorized")
+    processes = f"hydra.launcher.processes={options.processes}"
+    words = trouble.launched("hydra/launcher=vectorized", processes)
     killed = launch(trouble, words, env)
     before = manifests(trouble)
     statuses = [manifest["status"] for manifest in before.values()]
