@@ -290,8 +290,9 @@ def _faults_of_job(
     if status == "completed" and (now["steps"] != STEPS or evals != [20, 40]):
         yield f"{now['steps']} steps, evaluated at {evals}"
     log = (directory / "runner.log").read_text()
-    begun = log.count("experiment  dropout")
-    if begun != 1 + len(now.get("resumed", ())):
+    begun, resumed = log.count("experiment  dropout"), now.get("resumed", ())
+    unsaid = sum(session["step"] == 0 for session in resumed)  # killed before its line
+    if not 1 + len(resumed) - unsaid <= begun <= 1 + len(resumed):
         yield f"its log begins {begun} times"
 
 
