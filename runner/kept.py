@@ -22,9 +22,15 @@ PARTS = ("params", "collections", "opt_state")
 
 
 def keep(state: State) -> dict[str, Any]:
-    """The arrays of a state, as Orbax takes them."""
+    """The arrays of a state, as Orbax takes them: a copy, where one device has all.
+
+    An array of the device takes Orbax twice the time that one of the host does.
+    """
     kept = {name: getattr(state, name) for name in ("step", *PARTS)}
-    return {name: jax.tree.map(_words, tree) for name, tree in kept.items()}
+    words = jax.tree.map(_words, kept)
+    if any(map(_is_spread, jax.tree.leaves(words))):
+        return words  # each process writes its own part of it
+    return jax.tree.map(np.array, jax.device_get(words))
 
 
 def restore(
@@ -63,3 +69,7 @@ def restore(
 
 def _words(leaf: Any) -> Any:
     return jax.random.key_data(leaf) if is_key(leaf) else leaf
+
+
+def _is_spread(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1

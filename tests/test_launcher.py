@@ -1,18 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`hydra/launcher=vectorized`: sweeps in processes of their own."""
 
+import copy
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hydra import initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import OmegaConf
@@ -366,6 +369,30 @@ def test_composing_once_gives_what_hydra_composes(words: str) -> None:
         alone = compose(loader)
         compose_once(loader)
         assert [compose(loader) for _ in range(2)] == [alone, alone]
+
+
+def test_composing_once_copies_what_can_not_be_pickled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    @dataclass
+    class Local:
+        size: int = 1
+
+    with initialize_config_dir(
+        config_dir=str(CONF_DIR), job_name="runner", version_base="1.3"
+    ):
+        loader: Any = GlobalHydra.instance().config_loader()
+        store = ConfigStore.instance()
+        monkeypatch.setattr(store, "repo", copy.deepcopy(store.repo))
+        store.store("local", Local, group="data")
+        words = ["+experiment=dropout", "data=local", "data.size=2"]
+        master = loader.load_configuration("config", [], RunMode.MULTIRUN)
+        compose_once(loader)
+        configs = [loader.load_sweep_config(master, words) for _ in range(2)]
+        configs[0].data.size = 3
+        again = loader.load_sweep_config(master, words)
+    assert [c.data.size for c in (*configs, again)] == [3, 2, 2]
+    assert OmegaConf.get_type(again.data) is Local
 
 
 def test_the_plugin_is_light(user_env: dict[str, str]) -> None:

@@ -16,10 +16,8 @@ from hydra.core.utils import (
     setup_globals,
 )
 from hydra.plugins.launcher import Launcher
-from hydra.types import HydraContext
 from omegaconf import DictConfig, open_dict
 
-from runner.cli.composing import plain_loader
 from runner.cli.forks import Forks, count_processes
 from runner.cli.gate import Gate
 from runner.cli.lanes import launch_lanes
@@ -126,9 +124,7 @@ def _ship_jobs(
     """Jobs of another application, one by one: they are no lanes."""
     assert launcher.over is not None
     launcher.over.setup(
-        hydra_context=HydraContext(
-            plain_loader(launcher.context.config_loader), launcher.context.callbacks
-        ),
+        hydra_context=launcher.context,
         task_function=launcher.function,
         config=launcher.config,
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from runner.errors import ConfigError, RunnerError, did_you_mean
@@ -175,12 +175,10 @@ def _error_of(config: DictConfig) -> RunnerError | None:
     """What is wrong with a job's config, as far as it is known before it starts."""
     from runner.cli.config import read_composed
 
-    names: Any = [name for name in config if name != "hydra"]
-    job = OmegaConf.masked_copy(config, names)
-    OmegaConf.set_struct(job, OmegaConf.is_struct(config))
-    OmegaConf.copy_cache(from_config=config, to_config=job)
+    with open_dict(config):  # it is nobody else's
+        own = config.pop("hydra")
     try:
-        read_composed(job, choices=config.hydra.runtime.choices)
+        read_composed(config, choices=own.runtime.choices)
     except RunnerError as error:
         of_a_job = isinstance(error.__cause__, OmegaConfBaseException)
         return None if of_a_job else error  # ${hydra:...} is known in the job alone

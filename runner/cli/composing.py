@@ -10,7 +10,9 @@ Hydra's own functions put in the values.
 """
 
 import copy
-from collections.abc import Sequence
+import pickle
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
@@ -22,7 +24,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-__all__ = ["compose_once", "plain_loader"]
+__all__ = ["compose_once"]
 
 
 def compose_once(loader: ConfigLoader) -> None:
@@ -31,16 +33,9 @@ def compose_once(loader: ConfigLoader) -> None:
     Only of `load_sweep_config`, and only of Hydra's own loader as it stands today:
     any other is left alone.
     """
-    if isinstance(loader, ConfigLoaderImpl):
-        known = _Known(loader)
-        loader.load_sweep_config = known.load  # type: ignore[method-assign]
-
-
-def plain_loader(loader: ConfigLoader) -> ConfigLoader:
-    """A loader as it was before `compose_once`, to be sent to another process."""
-    plain = copy.copy(loader)
-    vars(plain).pop("load_sweep_config", None)
-    return plain
+    is_done = "load_sweep_config" in vars(loader)
+    if isinstance(loader, ConfigLoaderImpl) and not is_done:
+        loader.load_sweep_config = _Known(loader).load  # type: ignore[method-assign]
 
 
 class _Known:
@@ -48,18 +43,22 @@ class _Known:
 
     def __init__(self, loader: ConfigLoaderImpl) -> None:
         self._loader = loader
-        self._compose = loader.load_sweep_config
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], Callable[[], DictConfig]] = {}
         self._repositories: dict[tuple[str, ...], IConfigRepository] = {}
+        self._overrides: dict[str, Override] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Without what was composed: another process does so itself."""
+        return _Known, (self._loader,)
 
     def load(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
         """As Hydra's own; a config that the caller may change."""
-        parsed = OverridesParser.create().parse_overrides(sweep_overrides)
+        parsed = [self._parse(word) for word in sweep_overrides]
         repository = self._repository_of(master_config)
         late = [each for each in parsed if _is_late(each, parsed, repository)]
         keys = [each.key_or_group for each in late]
         rest = [str(o.input_line) for o in parsed if o.key_or_group not in keys]
-        config = copy.deepcopy(self._base(master_config, rest))
+        config = self._base(master_config, rest)
         try:
             ConfigLoaderImpl._apply_overrides_to_config(late, config)
         except OmegaConfBaseException as error:  # as `load_configuration` does
@@ -68,12 +67,19 @@ class _Known:
         OmegaConf.copy_cache(from_config=master_config, to_config=config)
         return config
 
+    def _parse(self, word: str) -> Override:
+        if word not in self._overrides:
+            (override,) = OverridesParser.create().parse_overrides([word])
+            self._overrides[word] = override
+        return self._overrides[word]
+
     def _base(self, master: DictConfig, overrides: list[str]) -> DictConfig:
         own = _own(master)
         name = (str(master.hydra.job.config_name), *own, "", *overrides)
         if name not in self._bases:
-            self._bases[name] = self._compose(master, overrides)
-        return self._bases[name]
+            compose = type(self._loader).load_sweep_config
+            self._bases[name] = _copies(compose(self._loader, master, overrides))
+        return self._bases[name]()
 
     def _repository_of(self, master: DictConfig) -> IConfigRepository:
         """Where groups are looked up, with what `hydra.searchpath` adds."""
@@ -84,6 +90,14 @@ class _Known:
             )
             self._repositories[own] = found
         return self._repositories[own]
+
+
+def _copies(config: DictConfig) -> Callable[[], DictConfig]:
+    """Makes copies of a config; reading it back takes a sixth of copying it deeply."""
+    try:
+        return partial(pickle.loads, pickle.dumps(config))
+    except Exception:  # a class of the user's that is nowhere to be found by name
+        return partial(copy.deepcopy, config)
 
 
 def _own(master: DictConfig) -> tuple[str, ...]:

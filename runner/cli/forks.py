@@ -7,6 +7,7 @@ the CPU, each core has a process of its own, forked before JAX makes a backend.
 """
 
 import contextlib
+import gc
 import logging
 import os
 import pickle
@@ -113,11 +114,18 @@ class Forks(Launcher):
 
 
 def _import_all() -> None:
-    """What every child needs. No backend is made: it would not live through a fork."""
+    """What every child needs. No backend is made: it would not live through a fork.
+
+    Nothing of it is garbage, now or in a child: collecting would look through all.
+    """
+    gc.disable()
     import orbax.checkpoint  # noqa: F401
 
     import runner.lanes.groups
     import runner.recording  # noqa: F401
+
+    gc.freeze()
+    gc.enable()
 
 
 class _Child:

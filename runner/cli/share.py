@@ -75,13 +75,11 @@ class Share:
             RecordError: another process runs the share.
             SystemExit: a signal stopped it.
         """
-        from runner.cli.composing import compose_once
         from runner.cli.lanes import launch_lanes
 
         _lock(directory)
         with contextlib.suppress(OSError):  # of another machine: it says so later
             os.chdir(self.where)
-        compose_once(self.context.config_loader)
         returned = launch_lanes(
             self.context,
             self.function,

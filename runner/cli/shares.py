@@ -21,7 +21,6 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from runner.cli.composing import plain_loader
 from runner.cli.jobs import Job, compose_job
 from runner.cli.running import INTERRUPTED
 from runner.cli.share import Share, ShareTask
@@ -65,13 +64,12 @@ def launch_shares(
     lanes, where = len(job_overrides), str(Path.cwd())
     root = Path(str(master.hydra.sweep.dir)).absolute()
     _refuse_second(root, said=str(master.hydra.sweep.dir))
-    sent = HydraContext(plain_loader(context.config_loader), context.callbacks)
     options = _with_processes(options, lanes, master)
     cut = cut_shares(job_overrides, size=_size(lanes, options))
     shares = tuple(
-        Share(sent, function, master, each, lanes, options, where) for each in cut
+        Share(context, function, master, each, lanes, options, where) for each in cut
     )
-    bare = HydraContext(sent.config_loader, Callbacks())  # a share is no job
+    bare = HydraContext(context.config_loader, Callbacks())  # a share is no job
     over.setup(hydra_context=bare, task_function=ShareTask(shares), config=master)
     _log.info("Launching %s jobs in %s shares", lanes, len(shares))
     returned = _launch(over, [_own(root, share) for share in shares], root)
