@@ -3,15 +3,16 @@
 
     python benchmarks/sweep.py [--jobs 8 32] [--cases tiny mlp cnn attention]
                                [--ways lanes map vmap shares basic cold processes
-                                       joblib hand]
+                                       joblib hand saved]
                                [--rounds 1] [--steps 500]
 
 Each way is one process (or, `processes`, one for each job), from its start to its
 end; the ways of a round take turns. All share one compile cache, which a first job
-has warmed for all but `vmap` and `hand`; `cold` is Hydra's basic launcher without
-it. Seeds times four dropout rates are swept; every way but `hand` leaves a whole
-record of each job, with its checkpoint. `compile` and `hydra` are seconds spent in
-lowering and XLA, and in composing, of the process that was started.
+has warmed for all but `vmap`, `hand` and `saved`; `cold` is Hydra's basic launcher
+without it. Seeds times four dropout rates are swept. Every way leaves a whole record
+of each job, with its checkpoint, but `hand`, which leaves nothing, and `saved`, by
+hand with losses and a checkpoint. `compile` and `hydra` are seconds spent in lowering
+and XLA, and in composing, of the process that was started.
 """
 
 import argparse
@@ -110,6 +111,10 @@ def _by_hand(sweep: Sweep, where: Path) -> list[list[str]]:
     return [[sys.executable, script, *words]]
 
 
+def _saved_by_hand(sweep: Sweep, where: Path) -> list[list[str]]:
+    return [[*_by_hand(sweep, where)[0], str(where)]]
+
+
 _RUNNER = (sys.executable, str(ROOT / "benchmarks" / "sweep_parts.py"))
 _JOBLIB = importlib.util.find_spec("joblib") and importlib.util.find_spec(
     "hydra_plugins.hydra_joblib_launcher"
@@ -124,6 +129,7 @@ _WAYS: dict[str, Way] = {
     "processes": _processes,
     "joblib": _launched("hydra/launcher=joblib"),
     "hand": _by_hand,
+    "saved": _saved_by_hand,
 }
 
 

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sweep's opponent: all jobs by `vmap` in one hand-written script, unrecorded.
+"""The sweep's opponent: all jobs by `vmap` in one hand-written script.
 
-python benchmarks/sweep_by_hand.py JOBS STEPS CASE CACHE_DIRECTORY
+    python benchmarks/sweep_by_hand.py JOBS STEPS CASE CACHE_DIRECTORY [DIRECTORY]
+
+It records nothing; or, where DIRECTORY is given, the losses and a checkpoint of each
+job.
 """
 
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -73,7 +78,23 @@ MODELS: dict[str, nn.Module] = {
 }
 
 
-def main(jobs: int, steps: int, case: str, cache: str) -> None:
+def save(directory: Path, losses: np.ndarray, state: Any) -> None:
+    """What a script can leave of each job without much ado."""
+    import orbax.checkpoint as ocp
+
+    checkpointer = ocp.StandardCheckpointer()
+    for job, own in enumerate(losses.tolist()):
+        where = directory / str(job)
+        where.mkdir(parents=True)
+        (where / "losses.json").write_text(json.dumps(own))
+        saved = jax.tree.map(lambda leaf, job=job: np.asarray(leaf[job]), state)
+        checkpointer.save(where / "checkpoint", saved)
+    checkpointer.wait_until_finished()
+
+
+def main(
+    jobs: int, steps: int, case: str, cache: str, directory: str | None = None
+) -> None:
     """Trains all, and prints the last accuracy of each."""
     from sklearn.datasets import load_digits
 
@@ -126,14 +147,17 @@ def main(jobs: int, steps: int, case: str, cache: str) -> None:
     )
     seeds, rates = jnp.arange(jobs), jnp.resize(jnp.array([0.0, 0.2, 0.5, 0.8]), jobs)
     state = jax.jit(jax.vmap(init))(seeds)
-    draw = np.random.default_rng(0)
+    draw, losses = np.random.default_rng(0), []
     for first in range(0, steps, CHUNK):
         count = min(CHUNK, steps - first)
         rows = draw.integers(0, len(x_train), (jobs, count, BATCH), np.int32)
-        state, losses = train(state, rows, first, seeds, rates)
-        jax.device_get(losses)
+        state, own = train(state, rows, first, seeds, rates)
+        losses.append(jax.device_get(own))
     print(jax.device_get(test(state[0])))
+    if directory is not None:
+        every = np.concatenate(losses, axis=1)
+        save(Path(directory).absolute(), every, jax.device_get(state))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
+    main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:])
