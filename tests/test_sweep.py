@@ -245,8 +245,16 @@ def test_means_and_deviations_over_seeds(forge: Forge) -> None:
 
 def test_less_is_better_where_it_is(forge: Forge) -> None:
     jobs = [{"eval.metric": "loss", "model.dropout_rate": r} for r in (0.1, 0.2)]
-    sweep = forge(jobs, [0.5, 0.5], metrics={"eval/loss": 0.5, "eval/accuracy": 0.1})
+    metrics = {"eval/loss": 0.5, "eval/accuracy": 0.1, "train/loss": None}
+    sweep = forge(jobs, [0.5, 0.5], metrics=metrics)
     assert (sweep.metric, sweep.sign) == ("loss", -1)
+    write_sweep(sweep)
+    plain = json.loads((sweep.directory / "sweep.json").read_text())
+    assert [job["metrics"] for job in plain["jobs"]] == [metrics] * 2
+    with (sweep.directory / "sweep.csv").open() as stream:
+        for row in csv.DictReader(stream):
+            cells = [row[name] for name in ("objective", *metrics)]
+            assert cells == ["0.5", "0.5", "0.1", ""]
 
 
 @pytest.mark.parametrize("status", ["failed", "interrupted", "running"])

@@ -82,6 +82,7 @@ def _plain_job(job: Job, sweep: Sweep) -> dict[str, Any]:
         "best_step": objective and objective.step,
         "steps": manifest.get("steps"),
         "seconds": manifest.get("seconds"),
+        "metrics": manifest.get("metrics", {}),
     }
 
 
@@ -91,16 +92,21 @@ def _present(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_csv(sweep: Sweep) -> str:
     """A row for each job; a leaf that is no number is JSON, or a word."""
-    columns = ["job", "status", "steps", "seconds", "objective", "best", "best_step"]
+    columns = ["steps", "seconds", "objective", "best", "best_step"]
+    rows = [_plain_job(job, sweep) for job in sweep.jobs]
+    metrics = sorted({name for row in rows for name in row["metrics"]})
+    names = [*sweep.leaves, *columns, *metrics]
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    writer.writerow([*columns[:2], *map(_word, sweep.leaves), *columns[2:], "reason"])
-    for job in sweep.jobs:
-        row = _plain_job(job, sweep)
-        values = [_cell(row["values"].get(path)) for path in sweep.leaves]
-        head, tail = row["job"], [row[name] for name in columns[2:]]
+    writer.writerow(["job", "status", *map(_word, names), "reason"])
+    for row in rows:
+        cells = [
+            *(_cell(row["values"].get(path)) for path in sweep.leaves),
+            *(row[name] for name in columns),
+            *(row["metrics"].get(name) for name in metrics),
+        ]
         writer.writerow(
-            [_word(head), row["status"], *values, *tail, _word(row["reason"])]
+            [_word(row["job"]), row["status"], *cells, _word(row["reason"])]
         )
     return out.getvalue()
 
