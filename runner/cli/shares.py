@@ -146,7 +146,7 @@ def _launch(
         try:
             return over.launch(overrides, initial_job_idx=0)
         except Exception as error:
-            _log.warning("hydra.launcher.over: %s", in_one_line(error))
+            _log.warning("hydra.launcher: %s", in_one_line(error))
             _await_shares(root, quiet=_QUIET)
             lost = JobReturn(status=JobStatus.FAILED)
             lost.return_value = RunFailedError(in_one_line(error))
