@@ -234,7 +234,7 @@ def test_a_short_sweep_is_not_measured(make_spec: Any) -> None:
 def test_a_lane_that_raises_while_it_is_measured_ends_no_other(
     make_spec: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def raises(*_: Any) -> None:
+    def raises(*_: Any, **__: Any) -> None:
         raise ValueError("no luck")
 
     monkeypatch.setattr("runner.lanes.choose._measure", raises)

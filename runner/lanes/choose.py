@@ -32,6 +32,7 @@ _RECORD = (
     0.25  # seconds of a lane's record, which mapped lanes write while others train
 )
 _SECONDS = 0.2  # of a measurement
+_GLANCE = 0.05  # of one that says whether others are worth it
 _COMPARED = 8  # steps after which floats are compared
 _MEMORY = 0.5  # of what is free
 
@@ -101,11 +102,12 @@ def _weigh(lanes: Sequence[Lane], *, options: Options, workers: int) -> Chosen:
     if options.mode is Mode.AUTO:
         if width < 2:
             return Chosen(Mode.MAP)
-        sides = [_Alone(lane) for lane in lanes[:workers]]
-        seconds = _measure([side.take for side in sides]) / len(sides)
+        takes = [_Alone(lane).take for lane in lanes[:workers]]
         steps, record = sum(n.spec.train.steps for n in lanes), _RECORD * len(lanes)
+        seconds = _measure(takes, spent=_GLANCE) / len(takes)
         if steps * seconds < _WORTH * max(compiled, 1.0) + record:
             return Chosen(Mode.MAP)
+        seconds = _measure(takes) / len(takes)
         groups = [_Stack(stacked, lanes[i::stacks]) for i in range(stacks)]
         ours = _measure([group.take for group in groups])
         ours /= sum(min(width, len(group.lanes)) for group in groups)
@@ -128,12 +130,12 @@ def _width(
     return max(1, min(-(-lanes // workers), fit, most))
 
 
-def _measure(takes: Sequence[Callable[[], int]]) -> float:
+def _measure(takes: Sequence[Callable[[], int]], *, spent: float = _SECONDS) -> float:
     """Seconds of a step, of calls that threads make beside each other."""
     with ThreadPoolExecutor(len(takes)) as pool:
         list(pool.map(lambda take: take(), takes))  # the first call is slower
         begun, steps = time.perf_counter(), 0
-        while (seconds := time.perf_counter() - begun) < _SECONDS:
+        while (seconds := time.perf_counter() - begun) < spent:
             steps += next(iter(list(pool.map(lambda take: take(), takes))))
     return seconds / steps
 
