@@ -30,6 +30,7 @@ pytestmark = [pytest.mark.promotes, pytest.mark.xdist_group("together")]
 WORDS = (
     *("+experiment=dropout", "model.features=[16]", "train.steps=30", "sinks=none"),
     *("eval.every=10", "checkpoint.digest_every=10", "data.batch_size=64"),
+    "eval.batch_size=256",  # two parts
 )
 WIDTH = 4
 
@@ -52,6 +53,34 @@ def stacked(make_spec: Any) -> Stacked:
     return Stacked(lane.executable, width=WIDTH)
 
 
+class Watched:
+    """A compiled `train` that says how many lanes it is called with."""
+
+    def __init__(self, train: Any, called: list[int]) -> None:
+        self.train, self.called = train, called
+
+    def __call__(self, state: Any, takes: Any, *args: Any) -> Any:
+        self.called.append(len(takes))
+        return self.train(state, takes, *args)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.train, name)
+
+
+@pytest.fixture
+def widths(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of the programs of `train`, one for each call."""
+    called: list[int] = []
+    calls: Any = Stacked.__dict__["calls"].__get__
+
+    def watched(stacked: Stacked) -> Any:
+        found = calls(stacked)
+        return found._replace(train=Watched(found.train, called))
+
+    monkeypatch.setattr(Stacked, "calls", property(watched))
+    return called
+
+
 def run_together(
     stacked: Stacked, specs: list[Any], directory: Path
 ) -> list[dict[str, Any]]:
@@ -59,7 +88,7 @@ def run_together(
     lanes = [
         make_lane(stacked.program, spec, Executable(stacked.program)) for spec in specs
     ]
-    together = Together(stacked, lanes=len(lanes), why="together")
+    together = Together(stacked, steps=[s.train.steps for s in specs], why="together")
 
     def run(n: int, lane: Lane) -> None:
         where = directory / str(n)
@@ -133,24 +162,122 @@ def test_lanes_end_by_themselves(
         assert before[n]["digests"]["params"] == after[n]["digests"]["params"]
 
 
-def test_a_lane_goes_on_from_a_checkpoint(make_spec: Any, stacked: Stacked) -> None:
-    """Beside one that begins: each takes steps of its own, and they end as before."""
+COMPILING = "runner.lanes.stacked._COMPILING"
+
+
+def test_lanes_that_are_left_move_to_fewer(
+    make_spec: Any,
+    stacked: Stacked,
+    widths: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where it pays; then with their own states, keys and numbers."""
+    differ = ["steps=10", "steps=20", "steps=10", "steps=30 model.dropout_rate=0.2"]
+    specs = [
+        make_spec(*WORDS, f"seed={n}", *f"train.{each}".split())
+        for n, each in enumerate(differ)
+    ]
+    stayed = run_together(stacked, specs, tmp_path / "stayed")
+    assert widths == [4, 4, 4]
+    widths.clear()
+    monkeypatch.setattr(COMPILING, 0)
+    moved = run_together(stacked, specs, tmp_path / "moved")
+    assert widths == [4, 2, 1]
+    for n, (ours, theirs) in enumerate(zip(moved, stayed, strict=True)):
+        assert ours["steps"] == theirs["steps"] == specs[n].train.steps
+        assert ours["digests"]["keys"] == theirs["digests"]["keys"]
+        places = [tmp_path / each / str(n) for each in ("moved", "stayed")]
+        states = [(each / "states.jsonl").read_text().splitlines() for each in places]
+        batches = [[json.loads(line)["batches"] for line in each] for each in states]
+        assert batches[0] == batches[1]
+        assert np.abs(losses(places[0]) - losses(places[1])).max() < 1e-4
+        evaluated = [each["metrics"]["eval/loss"] for each in (ours, theirs)]
+        assert evaluated[0] == pytest.approx(evaluated[1], abs=1e-4)
+        if specs[n].train.steps == 10:
+            assert ours["digests"]["params"] == theirs["digests"]["params"]
+
+
+def test_a_lane_that_diverges_or_stops_early_frees_its_share(
+    make_spec: Any,
+    stacked: Stacked,
+    widths: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(COMPILING, 0)
+    differ = [
+        "train.steps=10",
+        "optimizer.learning_rate=1e20",
+        "eval.patience=1 eval.min_delta=1",
+        "train.steps=50",
+    ]
+    specs = [make_spec(*WORDS, *each.split()) for each in differ]
+    made = run_together(stacked, specs, tmp_path)
+    assert "not finite at step" in made[1]["reason"]
+    assert "early stop at step 20" in made[2]["reason"]
+    assert [each["status"] for each in made][::3] == ["completed"] * 2
+    assert (widths[0], widths[-1]) == (4, 1)
+
+
+def test_an_evaluation_is_ended_before_lanes_move(
+    make_spec: Any,
+    stacked: Stacked,
+    widths: list[int],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Lane 3 asks for `train` with two lanes left, lane 0 for a second part of two:
+    that has to wait until both ask for `train`.
+    """
+    differ = ["checkpoint.every=4", "train.steps=10", "train.steps=10", "seed=3"]
+    specs = [make_spec(*WORDS, each) for each in differ]
+    stayed = run_together(stacked, specs, tmp_path / "stayed")
+    widths.clear()
+    monkeypatch.setattr(COMPILING, 0)
+    moved = run_together(stacked, specs, tmp_path / "moved")
+    assert widths == [4] * 7 + [2] * 2 + [1] * 3
+    for ours, theirs in zip(moved, stayed, strict=True):
+        assert ours["metrics"] == pytest.approx(theirs["metrics"], abs=1e-4)
+
+
+def test_what_pays(stacked: Stacked) -> None:
+    narrower = stacked.narrower(2, steps=10**8)
+    assert narrower is not None
+    assert narrower.width == 2
+    assert stacked.narrower(2, steps=10**8) is narrower  # compiled once for all
+    assert stacked.narrower(2, steps=1000) is None
+    assert stacked.narrower(3, steps=10**8) is None
+
+
+@pytest.mark.parametrize("compiling", [np.inf, 0])
+def test_a_lane_goes_on_from_a_checkpoint(
+    make_spec: Any,
+    stacked: Stacked,
+    compiling: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Beside one that begins: each takes steps of its own, and they end as before,
+    also where they move to fewer lanes first.
+    """
+    monkeypatch.setattr(COMPILING, compiling)
     specs = [make_spec(*WORDS, f"seed={n}") for n in range(2)]
     lanes = [make_lane(stacked.program, s, Executable(stacked.program)) for s in specs]
 
     def run(starts: list[Start]) -> list[list[Any]]:
-        together = Together(stacked, lanes=2, why="together")
+        together = Together(stacked, steps=[30, 30, 30], why="together")
+        together.leave(0)
 
         def one(n: int) -> list[Any]:
             try:
-                placed = replace(lanes[n], place=together.place(n))
+                placed = replace(lanes[n], place=together.place(n + 1))
                 events = list(train(placed, start=starts[n]))
                 end = events[-1]
                 assert isinstance(end, Outcome)
                 events[-1] = {p: getattr(end.state, p) for p in PARTS}
                 return events
             finally:
-                together.leave(n)
+                together.leave(n + 1)
 
         batch = [(n, partial(one, n)) for n in range(2)]
         return [events for _, events in sorted(run_beside([batch], workers=1))]
@@ -190,7 +317,7 @@ def test_what_a_call_raises_ends_every_lane(make_spec: Any) -> None:
         def calls(self) -> Any:
             raise ValueError("no memory")
 
-    together = Together(Broken(lanes[0].executable, width=2), lanes=2, why="")
+    together = Together(Broken(lanes[0].executable, width=2), steps=[30, 30], why="")
 
     def one(n: int) -> None:
         try:
@@ -247,3 +374,16 @@ def test_other_rows_are_not_for_vmap(make_spec: Any) -> None:
     words = [[*WORDS, f"rng.streams.split.seed={n}"] for n in range(2)]
     lanes = lanes_of([make_spec(*each) for each in words])
     assert why_not_together(lanes) == "they read other rows"
+
+
+@pytest.mark.parametrize(
+    ("most", "width"), [(None, 3), (4, 2)], ids=["all at a time", "max_lanes"]
+)
+def test_lanes_are_spread_evenly(
+    make_spec: Any, monkeypatch: pytest.MonkeyPatch, most: int | None, width: int
+) -> None:
+    monkeypatch.setattr("runner.lanes.choose._compare", lambda *_: "")  # compiles
+    lanes = lanes_of([make_spec(*WORDS, f"seed={n}") for n in range(5)])
+    chosen = choose(lanes, options=Options(Mode.VMAP, most), workers=2)
+    assert chosen.stacked is not None
+    assert chosen.stacked.width == width

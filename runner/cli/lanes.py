@@ -210,7 +210,8 @@ class _Sweep:
         width = chosen.stacked.width
         for i in range(0, len(jobs), width):
             some = jobs[i : i + width]
-            together = Together(chosen.stacked, lanes=len(some), why=chosen.why)
+            steps = [job.spec.train.steps for job in some]
+            together = Together(chosen.stacked, steps=steps, why=chosen.why)
             batch: _Batch = []
             for lane, job in enumerate(some):
                 program: Any = job.program

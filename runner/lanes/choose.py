@@ -126,8 +126,9 @@ def _width(
     each += 0 if memory is None else memory.temp_size_in_bytes
     free = _MEMORY * free_bytes(options.processes or 1)
     fit = int(free / max(each, 1) / workers)
-    most = (options.max_lanes or lanes) // workers
-    return max(1, min(-(-lanes // workers), fit, most))
+    all_ = -(-lanes // workers)
+    most = all_ if options.max_lanes is None else options.max_lanes // workers
+    return max(1, min(all_, fit, most))
 
 
 def _measure(takes: Sequence[Callable[[], int]], *, spent: float = _SECONDS) -> float:

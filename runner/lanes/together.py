@@ -3,11 +3,12 @@
 
 Each lane runs the loop of a run alone, in a thread of its own, and calls what stands
 here for its programs. The last lane that calls runs the call of all; the states stay
-on the device, stacked, and a lane gets a view of its own.
+on the device, stacked, and a lane gets a view of its own. When few lanes are left, and
+it pays, they move to programs of fewer lanes.
 """
 
 import threading
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -26,14 +27,16 @@ class Together:
     """Lanes that wait for each other before each call.
 
     Args:
-        stacked: Their programs.
-        lanes: How many of them there are; at most the width of the programs.
+        stacked: Their programs; those of fewer lanes, once most have ended.
+        steps: At which each of them ends, if not before; at most as many lanes as the
+            width of the programs.
         why: Why their floats are not those of the runs alone.
     """
 
-    def __init__(self, stacked: Stacked, *, lanes: int, why: str) -> None:
+    def __init__(self, stacked: Stacked, *, steps: Sequence[int], why: str) -> None:
         self.stacked, self.why = stacked, why
-        self._live = set(range(lanes))
+        self._steps = steps
+        self._slots = {n: n for n in range(len(steps))}  # of the lanes that are live
         self._asked: dict[int, _Request] = {}
         self._answers: dict[int, Any] = {}
         self._turn = threading.Condition()
@@ -49,7 +52,7 @@ class Together:
     def leave(self, lane: int) -> None:
         """A lane has ended: nobody waits for it any more."""
         with self._turn:
-            self._live.discard(lane)
+            del self._slots[lane]
             self._run_when_all_asked()
 
     def ask(self, lane: int, request: "_Request") -> Any:
@@ -67,19 +70,42 @@ class Together:
                 raise self._error
             return self._answers.pop(lane)
 
+    def slot(self, lane: int) -> int:
+        """Where a lane lies in the arrays of all."""
+        return self._slots[lane]
+
     def _run_when_all_asked(self) -> None:
-        if not self._live or set(self._asked) != self._live:
+        if not self._slots or self._asked.keys() != self._slots.keys():
             return
         asked, self._asked = self._asked, {}
-        alike: dict[tuple[str, Hashable], dict[int, _Request]] = {}
+        alike: dict[tuple[str, tuple[int, ...]], dict[int, _Request]] = {}
         for lane, request in asked.items():
             alike.setdefault((request.kind, request.at), {})[lane] = request
         try:
+            if all(kind == "train" for kind, _ in alike):
+                self._move(asked)  # nobody has sums of an evaluation, of this width
             for (kind, _), requests in alike.items():
                 self._answers |= getattr(self, f"_{kind}")(requests)
         except BaseException as error:  # of the device: no lane can go on
             self._error = error
         self._turn.notify_all()
+
+    def _move(self, asked: Mapping[int, "_Request"]) -> None:
+        """To programs of the lanes that are left, if that pays.
+
+        What it depends on is known beforehand or computed, never timed: floats round
+        otherwise from here on, and must do so whenever the sweep is run.
+        """
+        left = max(self._steps[n] - request.at[0] for n, request in asked.items())
+        narrower = self.stacked.narrower(len(asked), steps=left)
+        if narrower is None:
+            return
+        lanes = sorted(asked)
+        slots = np.array([self._slots[n] for n in lanes])
+        whole = (self.state, self._keys, self._hypers)
+        self.state, self._keys, self._hypers = _get(whole, slots)
+        self._slots = {lane: slot for slot, lane in enumerate(lanes)}
+        self.stacked = narrower
 
     def _setup(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
         seeds, hypers = (self._stack(asked, i) for i in (0, 1))
@@ -90,7 +116,8 @@ class Together:
     def _train(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
         for lane, request in asked.items():
             self._put(lane, request.args[0])
-        takes = np.isin(np.arange(self.stacked.width), list(asked))
+        slots = [self._slots[n] for n in asked]
+        takes = np.isin(np.arange(self.stacked.width), slots)
         rows = self._stack(asked, 1, "rows")
         first, *_ = asked.values()
         window = {**first.args[1], "rows": rows}
@@ -98,7 +125,7 @@ class Together:
             self.state, takes, window, first.args[2], self._keys, self._hypers
         )
         fetched = _Fetched((metrics, failed))
-        return {n: (_State(self, n), *fetched.of(n)) for n in asked}
+        return {n: (_State(self, n), *fetched.of(self._slots[n])) for n in asked}
 
     def _evaluate(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
         first, *_ = asked.values()
@@ -113,33 +140,37 @@ class Together:
             sums, self.state, first.args[2], first.args[3], self._keys, self._hypers
         )
         fetched = _Fetched(after)
-        return {n: (fetched.of(n), None) for n in asked}
+        return {n: (fetched.of(self._slots[n]), None) for n in asked}
 
     def _digest(self, asked: Mapping[int, "_Request"]) -> dict[int, Any]:
         fetched = _Fetched(self.stacked.calls.digest(self.state))
-        return {n: fetched.of(n) for n in asked}
+        return {n: fetched.of(self._slots[n]) for n in asked}
 
     def _stack(self, asked: Mapping[int, "_Request"], i: int, name: str = "") -> Any:
         """An argument of all lanes; those that did not ask are given some lane's."""
-        given = {n: r.args[i][name] if name else r.args[i] for n, r in asked.items()}
+        given = {
+            self._slots[n]: r.args[i][name] if name else r.args[i]
+            for n, r in asked.items()
+        }
         some = next(iter(given.values()))
-        every = [given.get(n, some) for n in range(self.stacked.width)]
+        every = [given.get(slot, some) for slot in range(self.stacked.width)]
         return jax.tree.map(lambda *each: np.stack(each), *every)
 
     def _put(self, lane: int, state: Any) -> None:
         """A state from elsewhere, where a lane goes on from a checkpoint."""
         if not isinstance(state, _State):
-            self.state = _set(self.state, lane, state)
+            self.state = _set(self.state, self._slots[lane], state)
 
 
 @partial(jax.jit, donate_argnums=0)
-def _set(stacked: Any, lane: Any, state: Any) -> Any:
-    return jax.tree.map(lambda all_, one: all_.at[lane].set(one), stacked, state)
+def _set(stacked: Any, slot: Any, state: Any) -> Any:
+    return jax.tree.map(lambda all_, one: all_.at[slot].set(one), stacked, state)
 
 
 @jax.jit
-def _get(stacked: Any, lane: Any) -> Any:
-    return jax.tree.map(lambda all_: all_[lane], stacked)
+def _get(stacked: Any, slot: Any) -> Any:
+    """Of one slot, or of several."""
+    return jax.tree.map(lambda all_: all_[slot], stacked)
 
 
 @dataclass(frozen=True)
@@ -148,7 +179,7 @@ class _Request:
 
     kind: str
     args: tuple[Any, ...]
-    at: Hashable = None
+    at: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -178,12 +209,12 @@ class _Place:
         return self._ask("train", args, (int(window["first"]), int(window["steps"])))
 
     def _evaluate(self, *args: Any) -> Any:
-        return self._ask("evaluate", args, int(args[2]["part"]))
+        return self._ask("evaluate", args, (int(args[2]["part"]),))
 
     def _digest(self, *args: Any) -> Any:
         return self._ask("digest", args)
 
-    def _ask(self, kind: str, args: tuple[Any, ...], at: Hashable = None) -> Any:
+    def _ask(self, kind: str, args: tuple[Any, ...], at: tuple[int, ...] = ()) -> Any:
         return self.together.ask(self.lane, _Request(kind, args, at))
 
 
@@ -194,10 +225,10 @@ class _State:
         self._together, self._lane = together, lane
 
     def __getattr__(self, name: str) -> Any:
-        whole = self._together.state
+        whole, slot = self._together.state, self._together.slot(self._lane)
         if name in State._fields:
-            return _get(getattr(whole, name), self._lane)
-        return getattr(_get(whole, self._lane), name)
+            return _get(getattr(whole, name), slot)
+        return getattr(_get(whole, slot), name)
 
 
 class _Fetched:
@@ -209,10 +240,10 @@ class _Fetched:
         for leaf in jax.tree.leaves(tree):
             leaf.copy_to_host_async()
 
-    def of(self, lane: int) -> Any:
+    def of(self, slot: int) -> Any:
         """The same tree, of one lane."""
         leaves, structure = jax.tree.flatten(self.tree)
-        own = [_Slice(self, i, lane) for i in range(len(leaves))]
+        own = [_Slice(self, i, slot) for i in range(len(leaves))]
         return jax.tree.unflatten(structure, own)
 
     @cached_property
@@ -231,7 +262,7 @@ class _Slice:
 
     fetched: _Fetched
     leaf: int
-    lane: int
+    slot: int
 
     @property
     def whole(self) -> Any:
@@ -239,4 +270,4 @@ class _Slice:
         return jax.tree.leaves(self.fetched.tree)[self.leaf]
 
     def __array__(self, *_: Any, **__: Any) -> np.ndarray:
-        return np.asarray(self.fetched.array(self.leaf)[self.lane])
+        return np.asarray(self.fetched.array(self.leaf)[self.slot])
