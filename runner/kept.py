@@ -22,15 +22,16 @@ PARTS = ("params", "collections", "opt_state")
 
 
 def keep(state: State) -> dict[str, Any]:
-    """The arrays of a state, as Orbax takes them: a copy, where one device has all.
+    """The arrays of a state, as Orbax takes them; it copies them before it returns.
 
-    An array of the device takes Orbax twice the time that one of the host does.
+    Where one device has all they are the host's, which take Orbax half the time.
     """
     kept = {name: getattr(state, name) for name in ("step", *PARTS)}
     words = jax.tree.map(_words, kept)
     if any(map(_is_spread, jax.tree.leaves(words))):
         return words  # each process writes its own part of it
-    return jax.tree.map(np.array, jax.device_get(words))
+    held: dict[str, Any] = jax.device_get(words)
+    return held
 
 
 def restore(

@@ -12,6 +12,7 @@ runner that calls `jax.random.key`, `split` or `fold_in`.
 
 import contextlib
 import hashlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 _FOLDED_PHASES = (Phase.EVAL, Phase.SAMPLE)
+_FLAGS = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -341,11 +343,15 @@ def host_generator(stream: Stream, *, epoch: int = 0) -> np.random.Generator:
 
 @contextlib.contextmanager
 def rng_flags(rng: RngSpec) -> Iterator[None]:
-    """Sets JAX's and Flax's generator flags, as `rng` says, for a while."""
+    """Sets JAX's and Flax's generator flags, as `rng` says, for a while.
+
+    One thread at a time: Flax's flag is the process's, not the thread's, and another
+    value while a lane is traced would be other keys.
+    """
     separator = flax.config.temp_flip_flag("fix_rng_separator", rng.fix_separator)
     partitionable = jax.threefry_partitionable(rng.partitionable)
     impl = jax.default_prng_impl(str(rng.impl))
-    with separator, partitionable, impl:
+    with _FLAGS, separator, partitionable, impl:
         yield
 
 

@@ -292,8 +292,7 @@ class _Recording:
             and {"value": _finite(self.best[0]), "step": self.best[1]},
             "observed": self.comparison and self.comparison.to_plain(),
         }
-        (self.directory / _RESERVE_FILE).unlink(missing_ok=True)
-        self._write_manifest()
+        self._write_manifest(room=self.directory / _RESERVE_FILE)
         return RunEnd(
             status=status,
             reason=reason,
@@ -337,10 +336,10 @@ class _Recording:
             with contextlib.suppress(FileNotFoundError):
                 os.truncate(self.directory / FILES[name], size)
 
-    def _write_manifest(self) -> None:
+    def _write_manifest(self, *, room: Path | None = None) -> None:
         self.manifest["digest"] = digest_manifest(self.manifest)
         text = json.dumps(self.manifest, indent=2, allow_nan=False)
-        write_atomically(self.directory / "run.json", text + "\n")
+        write_atomically(self.directory / "run.json", text + "\n", room=room)
 
     def _run_start(self) -> RunStart:
         program = self.program

@@ -4,6 +4,8 @@
 import contextlib
 import hashlib
 import itertools
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -588,6 +590,29 @@ def test_rng_flags(impl: str, fails: bool) -> None:
         assert read_flags() == (False, False, impl)
         if fails:
             raise ZeroDivisionError
+    assert read_flags() == before
+
+
+def test_rng_flags_of_a_thread_are_its_own() -> None:
+    """Flax's are the process's: another thread waits, and no old value comes back."""
+    before = read_flags()
+    inside, seen = threading.Event(), []
+
+    def other() -> None:
+        inside.wait()
+        with rng_flags(rng(fix_separator=False)):
+            seen.append(read_flags()[0])
+            time.sleep(0.1)
+            seen.append(read_flags()[0])
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    with rng_flags(rng(fix_separator=True)):
+        inside.set()
+        time.sleep(0.05)
+        assert read_flags()[0] is True
+    thread.join()
+    assert seen == [False, False]
     assert read_flags() == before
 
 

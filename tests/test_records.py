@@ -169,6 +169,19 @@ def test_the_file_is_on_disk_before_its_name_is(
     assert told == ["fsync 5", "replace", "directory"]
 
 
+def test_a_last_file_takes_the_room_that_was_kept_for_it(tmp_path: Path) -> None:
+    """Its very blocks, with nothing freed between: others may fill the disk."""
+    file, room = tmp_path / "run.json", tmp_path / ".reserve"
+    write_atomically(file, "old")
+    write_atomically(room, bytes(2**14))
+    kept = room.stat().st_ino
+    write_atomically(file, "new", room=room)
+    assert (file.read_text(), file.stat().st_ino) == ("new", kept)
+    assert list(tmp_path.iterdir()) == [file]
+    write_atomically(file, "without", room=room)
+    assert file.read_text() == "without"
+
+
 def test_a_failed_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

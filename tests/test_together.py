@@ -198,6 +198,27 @@ def test_lanes_that_are_left_move_to_fewer(
             assert ours["digests"]["params"] == theirs["digests"]["params"]
 
 
+def test_lanes_stay_where_fewer_can_not_be_compiled(
+    make_spec: Any, stacked: Stacked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lower = Stacked._lower_eval
+    tried = []
+
+    def refuse(self: Stacked) -> Any:
+        if self.width < WIDTH:
+            tried.append(self.width)
+            raise MemoryError("no room")
+        return lower(self)
+
+    monkeypatch.setattr(COMPILING, 0)
+    monkeypatch.setattr(stacked, "_narrower", {})
+    monkeypatch.setattr(Stacked, "_lower_eval", refuse)
+    specs = [make_spec(*WORDS, f"train.steps={n}") for n in (10, 10, 20, 30)]
+    made = run_together(stacked, specs, tmp_path)
+    assert [each["status"] for each in made] == ["completed"] * 4
+    assert tried == [2, 1]  # each once
+
+
 def test_a_lane_that_diverges_or_stops_early_frees_its_share(
     make_spec: Any,
     stacked: Stacked,

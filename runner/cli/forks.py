@@ -96,6 +96,7 @@ class Forks(Launcher):
             SystemExit: the user stopped them, and they have saved their lanes.
         """
         _import_all()
+        gc.freeze()  # what is here now is no garbage of a child's, to be looked through
         life = os.pipe()  # its end tells the children that this process is gone
         children: list[_Child] = []
         try:
@@ -103,6 +104,7 @@ class Forks(Launcher):
                 directory = self._root / str(next(iter(share.job_overrides)))
                 directory.mkdir(parents=True, exist_ok=True)
                 children.append(_Child(share, directory, life))
+            gc.unfreeze()
             with _passing_on_signals(children) as seen:
                 results = [child.wait() for child in children]
         finally:
@@ -114,18 +116,11 @@ class Forks(Launcher):
 
 
 def _import_all() -> None:
-    """What every child needs. No backend is made: it would not live through a fork.
-
-    Nothing of it is garbage, now or in a child: collecting would look through all.
-    """
-    gc.disable()
+    """What every child needs. No backend is made: it would not live through a fork."""
     import orbax.checkpoint  # noqa: F401
 
     import runner.lanes.groups
     import runner.recording  # noqa: F401
-
-    gc.freeze()
-    gc.enable()
 
 
 class _Child:

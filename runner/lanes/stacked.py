@@ -43,8 +43,8 @@ class Stacked:
         self.executable, self.width = executable, width
         self.program: Program = executable.program
         self.window = min(_STEPS, executable.window)
-        self._lock = threading.Lock()
-        self._narrower: dict[int, Stacked] = {}
+        self._lock, self._moving = threading.Lock(), threading.Lock()
+        self._narrower: dict[int, Stacked | None] = {}
 
     def narrower(self, width: int, *, steps: int) -> "Stacked | None":
         """The programs of fewer lanes, compiled once for all who move; or None.
@@ -62,10 +62,18 @@ class Stacked:
             return None
         if self._flops * (1 - width / self.width) * steps <= _COMPILING:
             return None
-        with self._lock:
+        with self._moving:
             if width not in self._narrower:
-                self._narrower[width] = Stacked(self.executable, width=width)
+                self._narrower[width] = self._compile(width)
             return self._narrower[width]
+
+    def _compile(self, width: int) -> "Stacked | None":
+        made = Stacked(self.executable, width=width)
+        try:
+            _ = made.calls
+        except Exception:  # the lanes go on where they are
+            return None
+        return made
 
     @property
     def calls(self) -> Calls:

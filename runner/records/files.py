@@ -135,12 +135,24 @@ def refuse_links(directory: Path) -> None:
                 raise RecordError(f"{directory}: {name} is {kind}. {fix}.")
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Replaces a file as a whole: readers see the old content or the new one."""
+def write_atomically(
+    path: Path, content: str | bytes, *, room: Path | None = None
+) -> None:
+    """Replaces a file as a whole: readers see the old content or the new one.
+
+    Args:
+        path: The file.
+        content: Of it.
+        room: A file that is given up, and whose place on the disk is written to: on a
+            full one, what is freed may be another thread's before it is ours.
+    """
     new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    if room is not None and room.exists():
+        room.replace(new)
     try:
-        with new.open("wb") as stream:
+        with open(os.open(new, os.O_WRONLY | os.O_CREAT, 0o666), "wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
+            stream.truncate()
             stream.flush()
             os.fsync(stream.fileno())
     except OSError:
