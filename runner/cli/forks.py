@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shares of a sweep in processes of this machine: forks of the one that launches.
 
-Beside its arithmetic, a lane takes a tenth of a second of Python for its record, and
-one interpreter runs one thread at a time. So where lanes are many and the device is
-the CPU, each core has a process of its own, forked before JAX makes a backend.
+Beside its arithmetic, a lane takes a twentieth of a second of Python for its record,
+and one interpreter runs one thread at a time. So where lanes are many and the device
+is the CPU, each core has a process of its own, forked before JAX makes a backend.
 """
 
 import contextlib
