@@ -22,9 +22,9 @@ PARTS = ("params", "collections", "opt_state")
 
 
 def keep(state: State) -> dict[str, Any]:
-    """The arrays of a state, as Orbax takes them; it copies them before it returns.
+    """The arrays of a state, to be given to Orbax, which copies them as it is called.
 
-    Where one device has all they are the host's, which take Orbax half the time.
+    Where one device has all, they are views of the host's: half the work for Orbax.
     """
     kept = {name: getattr(state, name) for name in ("step", *PARTS)}
     words = jax.tree.map(_words, kept)
